@@ -1,0 +1,240 @@
+"""Plan once, commit each shard once, seal: resume is "planned minus committed", at any number of workers.
+
+The order of a commit is: publish the shard under a name that holds its digest, then publish the commit. A crash between
+the two leaves a file that nothing names; the next writer finds it, or replaces it. The first commit of a shard wins; a
+second writer learns that it lost and discards its own. Leases only keep two workers from doing the same work at the same
+time; a lease that is lost, stale or stolen can cost time and never correctness.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+import uuid
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from kdcache.cache.manifest import (
+    Commit,
+    Manifest,
+    Plan,
+    ShardStats,
+    derive_manifest,
+    differing_fields,
+    parse,
+    to_json,
+)
+from kdcache.cache.shard import digest
+from kdcache.cache.store import LocalStore, hostname, is_running
+from kdcache.errors import CacheMismatchError, CacheNotFoundError
+
+PLAN, MANIFEST, COMMITS, SHARDS, LEASES, TABLES = "plan.json", "manifest.json", "commits", "shards", "leases", "tables"
+LEASE_SECONDS = 120.0
+_COMMIT_NAME = re.compile(r"(\d{5,10})\.json")
+
+
+def commit_name(shard: int) -> str:
+    """Where the commit of a shard stands."""
+    return f"{COMMITS}/{shard:05d}.json"
+
+
+def shard_name(shard: int, shard_digest: str) -> str:
+    """Where a shard of these bytes stands."""
+    return f"{SHARDS}/{shard:05d}-{shard_digest}.arrow"
+
+
+def table_name(table_digest: str) -> str:
+    """Where a table of these bytes stands (the teacher's output head)."""
+    return f"{TABLES}/{table_digest}.safetensors"
+
+
+def read_plan(store: LocalStore) -> Plan:
+    """The plan of a cache.
+
+    Raises:
+        CacheNotFoundError: There is no cache here.
+    """
+    try:
+        data = store.read(PLAN)
+    except CacheNotFoundError as error:
+        raise CacheNotFoundError(
+            f"{store} is not a kdcache cache: it has no {PLAN}", hint="kdcache dump-teacher --output makes one"
+        ) from error
+    plan = parse(Plan, data, f"{store}/{PLAN}")
+    if plan.spec.fingerprint != plan.fingerprint:
+        raise CacheMismatchError(
+            f"{store}/{PLAN}: the spec has fingerprint {plan.spec.fingerprint}, the plan says {plan.fingerprint}: it was edited"
+        )
+    return plan
+
+
+def publish_plan(store: LocalStore, plan: Plan) -> Plan:
+    """Write the plan, or agree with the one that stands there.
+
+    Returns:
+        The plan that counts: the first one written.
+
+    Raises:
+        CacheMismatchError: The cache was planned otherwise; names each field, old and new.
+    """
+    if store.put_if_absent(PLAN, to_json(plan)):
+        return plan
+    standing = read_plan(store)
+    check_same_plan(store, standing, plan)
+    return standing
+
+
+def check_same_plan(store: LocalStore, standing: Plan, asked: Plan) -> None:
+    """Refuse to go on with other settings than the cache was begun with."""
+    differences = differing_fields(standing.spec, asked.spec)
+    if differences:
+        lines = "".join(
+            f"\n  {name}: the cache has {old!r}, this run asks for {new!r}" for name, old, new in differences
+        )
+        raise CacheMismatchError(
+            f"{store} was begun with other settings:{lines}",
+            hint="use the old settings to go on with it, or another --output to begin a new one",
+        )
+
+
+def read_commits(store: LocalStore) -> list[Commit]:
+    """All commits of a cache, by shard number."""
+    commits = []
+    for name in store.list(COMMITS):
+        match = _COMMIT_NAME.fullmatch(name)
+        if not match:
+            continue
+        commit = parse(Commit, store.read(f"{COMMITS}/{name}"), f"{store}/{COMMITS}/{name}")
+        if commit.shard != int(match[1]):
+            raise CacheMismatchError(f"{store}/{COMMITS}/{name} commits shard {commit.shard:05d}")
+        commits.append(commit)
+    return sorted(commits, key=lambda commit: commit.shard)
+
+
+def committed_shards(store: LocalStore) -> set[int]:
+    """Numbers of the committed shards, from file names alone."""
+    return {int(match[1]) for name in store.list(COMMITS) if (match := _COMMIT_NAME.fullmatch(name))}
+
+
+def commit_shard(
+    store: LocalStore,
+    plan: Plan,
+    shard: int,
+    data: memoryview,
+    stats: ShardStats,
+    *,
+    worker: str,
+    seconds: float,
+    batch_splits: int = 0,
+    head_digest: str | None = None,
+) -> bool:
+    """Make a finished shard count.
+
+    Returns:
+        False when another writer had committed this shard before.
+    """
+    name = shard_name(shard, digest(data))
+    if not store.put_if_absent(name, data) and digest(store.read(name)) != digest(data):
+        store.replace(name, bytes(data))
+    commit = Commit(
+        plan=plan.fingerprint,
+        shard=shard,
+        digest=digest(data),
+        num_bytes=len(data),
+        stats=stats,
+        head_digest=head_digest,
+        worker=worker,
+        finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        seconds=round(seconds, 3),
+        batch_splits=batch_splits,
+    )
+    return store.put_if_absent(commit_name(shard), to_json(commit))
+
+
+@dataclass(slots=True)
+class Lease:
+    """One worker's word that it is at work on a shard."""
+
+    store: LocalStore
+    shard: int
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+    _renewed: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """Where the lease stands."""
+        return f"{LEASES}/{self.shard:05d}.json"
+
+    def renew(self) -> None:
+        """Say so again; cheap to call often."""
+        now = time.time()
+        if now - self._renewed > LEASE_SECONDS / 4:
+            self._renewed = now
+            self.store.replace(self.name, self._content(now))
+
+    def release(self) -> None:
+        """Done, or given up."""
+        self.store.delete(self.name)
+
+    def _content(self, now: float) -> bytes:
+        about = {"token": self.token, "host": hostname(), "pid": os.getpid(), "expires": now + LEASE_SECONDS}
+        return json.dumps(about).encode()
+
+
+def claim(store: LocalStore, shard: int) -> Lease | None:
+    """Take the lease of a shard, or None while a live worker holds it."""
+    lease = Lease(store, shard)
+    now = time.time()
+    if store.put_if_absent(lease.name, lease._content(now)):
+        lease._renewed = now
+        return lease
+    if not _is_stale(store, lease.name, now):
+        return None
+    lease.renew()
+    return lease
+
+
+def _is_stale(store: LocalStore, name: str, now: float) -> bool:
+    try:
+        about = json.loads(store.read(name))
+        host, pid, expires = str(about["host"]), int(about["pid"]), float(about["expires"])
+    except CacheNotFoundError:
+        return True
+    except (ValueError, KeyError, TypeError):
+        return True
+    return expires < now or (host == hostname() and not is_running(pid))
+
+
+def current_manifest(store: LocalStore) -> Manifest:
+    """The manifest: the sealed file if there is one, else derived from what is committed so far."""
+    plan = read_plan(store)
+    if store.exists(MANIFEST):
+        manifest = parse(Manifest, store.read(MANIFEST), f"{store}/{MANIFEST}")
+        if manifest.fingerprint != plan.fingerprint:
+            raise CacheMismatchError(
+                f"{store}: plan {plan.fingerprint} and manifest {manifest.fingerprint} belong to two caches"
+            )
+        return manifest
+    return derive_manifest(plan, read_commits(store))
+
+
+def seal(store: LocalStore) -> Manifest:
+    """Once every shard is committed, write the manifest and tidy up; before that, only derive it.
+
+    Any number of workers may seal at once: they write the same bytes.
+    """
+    manifest = derive_manifest(read_plan(store), read_commits(store))
+    if not manifest.sealed:
+        return manifest
+    named = {shard_name(s, d) for s, d in zip(manifest.shards.shard, manifest.shards.digest, strict=True)}
+    for name in store.list(SHARDS):
+        if f"{SHARDS}/{name}" not in named:
+            store.delete(f"{SHARDS}/{name}")
+    for name in store.list(LEASES):
+        store.delete(f"{LEASES}/{name}")
+    store.remove_abandoned()
+    if not store.exists(MANIFEST) or store.read(MANIFEST) != to_json(manifest):
+        store.replace(MANIFEST, to_json(manifest))
+    return manifest

@@ -1,0 +1,81 @@
+"""zstd frames: the smallest unit of a cache on disk, each with its size and a checksum.
+
+Columns of a shard are small arrays of bytes with little to match, so frames are compressed with literals only (Huffman
+coding of bytes): as small as level 19 on this data, at about 1 GB/s. A frame that does not declare its size, or declares
+more than its place allows, is refused before a byte is allocated: python-zstandard ignores ``max_output_size`` for a frame
+that declares one.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import numpy.typing as npt
+import zstandard
+
+from kdcache.errors import CacheCorruptError
+
+MAX_WINDOW_BYTES = 8 << 20
+
+_local = threading.local()
+
+
+def compress(data: bytes | memoryview | npt.NDArray[np.generic]) -> bytes:
+    """One frame, content size and XXH64 checksum included."""
+    if not hasattr(_local, "compressor"):
+        parameters = zstandard.ZstdCompressionParameters.from_level(
+            1, min_match=7, hash_log=6, write_checksum=True, write_content_size=True
+        )
+        _local.compressor = zstandard.ZstdCompressor(compression_params=parameters)
+    raw = np.ascontiguousarray(data).tobytes() if isinstance(data, np.ndarray) else bytes(data)
+    frame: bytes = _local.compressor.compress(raw)
+    return frame
+
+
+def decompress(frame: bytes | memoryview, *, max_bytes: int, what: str) -> bytes:
+    """The content of a frame of at most ``max_bytes``.
+
+    Raises:
+        CacheCorruptError: Not a frame, larger than its place allows, or the checksum does not hold.
+    """
+    if not hasattr(_local, "decompressor"):
+        _local.decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
+    try:
+        size = zstandard.frame_content_size(frame)
+        if not 0 <= size <= max_bytes:
+            raise CacheCorruptError(
+                f"{what}: a frame of at most {max_bytes} bytes was expected, found one that declares {size}"
+            )
+        content: bytes = _local.decompressor.decompress(frame, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise CacheCorruptError(f"{what}: not an intact zstd frame ({error})") from error
+    if len(content) != size:
+        raise CacheCorruptError(f"{what}: the frame declares {size} bytes and holds {len(content)}")
+    return content
+
+
+def read_array(
+    frame: bytes | memoryview,
+    dtype: npt.DTypeLike,
+    *,
+    what: str,
+    count: int | None = None,
+    max_count: int | None = None,
+) -> npt.NDArray[np.generic]:
+    """A one-dimensional little-endian array out of a frame.
+
+    Args:
+        frame: The frame.
+        dtype: Element type.
+        what: Names the column and sequence in messages.
+        count: Exact number of elements, where it is known.
+        max_count: Largest allowed number of elements, where it is not.
+    """
+    item = np.dtype(dtype).newbyteorder("<")
+    limit = count if count is not None else max_count
+    assert limit is not None, "a frame is never read without a bound"
+    content = decompress(frame, max_bytes=limit * item.itemsize, what=what)
+    if len(content) % item.itemsize or (count is not None and len(content) != count * item.itemsize):
+        raise CacheCorruptError(f"{what}: {limit} elements of {item} were expected, found {len(content)} bytes")
+    return np.frombuffer(content, dtype=item)

@@ -1,0 +1,289 @@
+"""How a cache describes itself: the plan made before the first shard, a commit for each shard, the manifest derived from both.
+
+The **spec** inside the plan names everything that moves the stored numbers: teacher, tokenizer, corpus, targets, codec and
+how the teacher is computed. Its hash, the fingerprint, stands in every shard and commit, so that files of two caches cannot
+be mixed. Names and paths are recorded but do not count: a teacher moved to another folder is the same teacher.
+
+pydantic checks what is read, because the files may come from anywhere: unknown fields, other versions and numbers out of
+range are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kdcache.cache.codec import Codec
+from kdcache.errors import CacheFormatError, CacheMismatchError
+
+FORMAT_VERSION = 1
+# Recorded in the spec, but not part of what it is.
+NAMES_ONLY = ("teacher.name", "corpus.dataset")
+
+RecordT = TypeVar("RecordT", bound=BaseModel)
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+Count = Annotated[int, Field(ge=0, lt=1 << 62)]
+Positive = Annotated[int, Field(gt=0, lt=1 << 62)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TeacherSpec(_Record):
+    """The teacher and its numbers. ``digest`` is of config and weights; ``vocab_size`` leaves padded rows out."""
+
+    name: str
+    digest: Digest
+    dtype: str
+    attention: str
+    vocab_size: Annotated[int, Field(gt=0, le=1 << 32)]
+    hidden_size: Positive
+    num_parameters: Positive
+
+
+class TokenizerSpec(_Record):
+    """The tokenizer's content: vocabulary, behaviour on a fixed text, chat template."""
+
+    digest: Digest
+    vocab_digest: Digest
+    num_tokens: Positive
+    chat_template: Digest | None
+
+
+class CorpusSpec(_Record):
+    """Rows and how they become sequences. ``digest`` is of the source's bytes or revision."""
+
+    dataset: str
+    digest: Digest
+    split: str
+    num_rows: Positive
+    columns: Literal["text", "prompt_completion", "messages"]
+    text_column: str
+    seq_len: Annotated[int, Field(ge=2, le=1 << 24)]
+    packing: bool
+    append_eos: bool
+    assistant_only: bool
+
+
+class TargetSpec(_Record):
+    """What is kept of the teacher's distributions."""
+
+    scheme: Literal["top_k", "hidden"]
+    k: Annotated[int, Field(ge=0, le=1 << 20)]
+    temperatures: Annotated[tuple[Annotated[float, Field(gt=0, le=1000)], ...], Field(min_length=1, max_length=16)]
+
+
+class CodecSpec(_Record):
+    """How targets are stored; with teacher and targets it gives a :class:`~kdcache.cache.codec.Codec`."""
+
+    name: Literal["exact", "packed"]
+    step: Annotated[float, Field(gt=0, le=1)]
+
+
+class ComputeSpec(_Record):
+    """What else moves the last bits: device kind, intra-op threads of a worker, batch composition, head chunk."""
+
+    device: str
+    threads: Positive
+    batch_tokens: Positive
+    chunk_positions: Positive
+
+
+class CacheSpec(_Record):
+    """Everything that decides the bytes of the shards."""
+
+    teacher: TeacherSpec
+    tokenizer: TokenizerSpec
+    corpus: CorpusSpec
+    targets: TargetSpec
+    codec: CodecSpec
+    compute: ComputeSpec
+    rows_per_shard: Positive
+
+    def fields(self) -> dict[str, Any]:
+        """Dotted name to value, of the fields that count."""
+        flat = dict(_flatten(self.model_dump(mode="json")))
+        return {name: value for name, value in flat.items() if name not in NAMES_ONLY}
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of :meth:`fields`: 32 hex digits of SHA-256."""
+        return hashlib.sha256(canonical_json(self.fields())).hexdigest()[:32]
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the plan."""
+        return -(-self.corpus.num_rows // self.rows_per_shard)
+
+    def rows(self, shard: int) -> range:
+        """The corpus rows of a shard: all that it is a function of, besides the spec."""
+        if not 0 <= shard < self.num_shards:
+            raise ValueError(f"shard {shard} of {self.num_shards}")
+        first = shard * self.rows_per_shard
+        return range(first, min(first + self.rows_per_shard, self.corpus.num_rows))
+
+    def make_codec(self) -> Codec:
+        """The codec of the shards."""
+        hidden = self.targets.scheme == "hidden"
+        return Codec(
+            name=self.codec.name,
+            vocab_size=self.teacher.vocab_size,
+            temperatures=self.targets.temperatures,
+            max_entries=0 if hidden else self.targets.k,
+            step=self.codec.step,
+            hidden_size=self.teacher.hidden_size if hidden else 0,
+            hidden_dtype="bfloat16" if self.teacher.dtype == "bfloat16" else "float32",
+        )
+
+
+class Plan(_Record):
+    """``plan.json``. ``environment`` (library versions) is recorded for the reader and does not count."""
+
+    format_version: Literal[1] = 1
+    spec: CacheSpec
+    fingerprint: Digest
+    environment: dict[str, str] = {}
+
+
+class ShardStats(_Record):
+    """Sums over a shard; the ``sum_*`` are in nats or probability over the targets."""
+
+    num_sequences: Count
+    num_positions: Count
+    num_targets: Count
+    num_entries: Count
+    sum_tail_mass: float
+    sum_entropy: float
+    sum_label_nll: float
+
+
+class Commit(_Record):
+    """``commits/NNNNN.json``: makes a shard count. Names a digest, never a path."""
+
+    format_version: Literal[1] = 1
+    plan: Digest
+    shard: Count
+    digest: Digest
+    num_bytes: Positive
+    stats: ShardStats
+    head_digest: Digest | None = None
+    worker: str
+    finished_at: str
+    seconds: float
+    batch_splits: Count = 0
+
+
+class ShardTable(_Record):
+    """The committed shards, column by column, in order of their numbers."""
+
+    shard: list[Count]
+    digest: list[Digest]
+    num_bytes: list[Positive]
+    num_sequences: list[Count]
+
+
+class Manifest(_Record):
+    """``manifest.json``: plan and commits reduced to one file. Derived, never accumulated; without who and when."""
+
+    format_version: Literal[1] = 1
+    spec: CacheSpec
+    fingerprint: Digest
+    head_digest: Digest | None
+    sealed: bool
+    num_bytes: Count
+    stats: ShardStats
+    shards: ShardTable
+
+
+def derive_manifest(plan: Plan, commits: list[Commit]) -> Manifest:
+    """Reduce commits, in any order, to the manifest of what they amount to.
+
+    Raises:
+        CacheMismatchError: A commit belongs to another plan, or two claim one shard.
+    """
+    ordered = sorted(commits, key=lambda commit: commit.shard)
+    for commit in ordered:
+        if commit.plan != plan.fingerprint:
+            raise CacheMismatchError(
+                f"commit of shard {commit.shard:05d} belongs to plan {commit.plan}, this cache has {plan.fingerprint}"
+            )
+    numbers = [commit.shard for commit in ordered]
+    if len(set(numbers)) < len(numbers) or any(number >= plan.spec.num_shards for number in numbers):
+        raise CacheMismatchError(f"commits name shards {numbers}, the plan has {plan.spec.num_shards}")
+    heads = {commit.head_digest for commit in ordered}
+    if len(heads) > 1:
+        raise CacheMismatchError(f"commits name different output heads: {sorted(map(str, heads))}")
+    totals = {name: sum(getattr(commit.stats, name) for commit in ordered) for name in ShardStats.model_fields}
+    return Manifest(
+        spec=plan.spec,
+        fingerprint=plan.fingerprint,
+        head_digest=heads.pop() if heads else None,
+        sealed=len(ordered) == plan.spec.num_shards,
+        num_bytes=sum(commit.num_bytes for commit in ordered),
+        stats=ShardStats(**totals),
+        shards=ShardTable(
+            shard=numbers,
+            digest=[commit.digest for commit in ordered],
+            num_bytes=[commit.num_bytes for commit in ordered],
+            num_sequences=[commit.stats.num_sequences for commit in ordered],
+        ),
+    )
+
+
+def differing_fields(old: CacheSpec, new: CacheSpec) -> list[tuple[str, Any, Any]]:
+    """``(field, old, new)`` of every field that counts and differs."""
+    before, after = old.fields(), new.fields()
+    return [
+        (name, before.get(name), after.get(name))
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one spelling of a value: sorted keys, no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def to_json(record: BaseModel) -> bytes:
+    """Readable and canonical: sorted keys, two spaces."""
+    text = json.dumps(record.model_dump(mode="json"), sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
+    return text.encode() + b"\n"
+
+
+def parse(kind: type[RecordT], data: bytes, where: str) -> RecordT:
+    """Read a record, whoever wrote it.
+
+    Raises:
+        CacheFormatError: Another format version, or not such a record.
+    """
+    try:
+        raw = json.loads(data)
+    except ValueError as error:
+        raise CacheFormatError(f"{where}: not JSON ({error})") from error
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if version != FORMAT_VERSION:
+        raise CacheFormatError(
+            f"{where}: format version {FORMAT_VERSION} was expected, found {version!r}",
+            hint="a newer kdcache wrote this cache" if isinstance(version, int) and version > FORMAT_VERSION else None,
+        )
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise CacheFormatError(f"{where}: {place}: {first['msg']} (found {str(first.get('input'))[:80]!r})") from error
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flatten(inner, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, value

@@ -1,0 +1,166 @@
+"""Read a cache by index, without torch.
+
+Opening reads plan and manifest only. A shard is mapped and its digest checked when its first sequence is asked for; after
+that a sequence costs its own frames. What is read is checked or refused, never guessed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kdcache.cache.codec import CompactTargets
+from kdcache.cache.commit import current_manifest, shard_name, table_name
+from kdcache.cache.shard import ShardReader, digest
+from kdcache.cache.store import LocalStore
+from kdcache.errors import CacheCorruptError, CacheIncompleteError, CacheNotFoundError, StoreError
+from kdcache.targets import SparseTargets, TokenSequence
+
+MAX_OPEN_SHARDS = 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CacheRow:
+    """One sequence and what the teacher said about it."""
+
+    sequence_id: int
+    sequence: TokenSequence
+    targets: SparseTargets
+
+
+def open_cache(path: str | os.PathLike[str], *, allow_incomplete: bool = False) -> CacheReader:
+    """Open a cache for reading.
+
+    Args:
+        path: The cache folder.
+        allow_incomplete: Take the shards that are committed so far, instead of refusing a cache that is still being made.
+
+    Raises:
+        CacheNotFoundError: There is no cache here.
+        CacheIncompleteError: Not every planned shard is committed.
+        CacheFormatError: A newer format, or not one of ours.
+    """
+    return CacheReader(LocalStore(path), allow_incomplete=allow_incomplete)
+
+
+class CacheReader:
+    """``len(reader)`` sequences, ``reader[i]`` one of them, iteration in order. Picklable; opens shards lazily.
+
+    Attributes:
+        manifest: The cache's description of itself.
+    """
+
+    def __init__(self, store: LocalStore, *, allow_incomplete: bool = False) -> None:
+        self.store = store
+        self.manifest = current_manifest(store)
+        self.spec = self.manifest.spec
+        self.codec = self.spec.make_codec()
+        if not self.manifest.sealed and not allow_incomplete:
+            done, planned = len(self.manifest.shards.shard), self.spec.num_shards
+            raise CacheIncompleteError(
+                f"{store}: {done} of {planned} shards are committed",
+                hint="run the same dump-teacher command again to finish it, or pass --allow-incomplete",
+            )
+        self._ends = np.cumsum([0, *self.manifest.shards.num_sequences], dtype=np.int64)
+        self._open: OrderedDict[int, ShardReader] = OrderedDict()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> CacheRow:
+        """Sequence ``index``, targets as logprobs.
+
+        Raises:
+            CacheCorruptError: Its bytes are not those that were committed.
+        """
+        shard, row = self._locate(index)
+        sequence = shard.sequence(row)
+        compact = shard.targets(row, int(sequence.target_mask.sum()))
+        return CacheRow(shard.sequence_id(row), sequence, compact.expand(self.temperatures))
+
+    def __iter__(self) -> Iterator[CacheRow]:
+        return (self[i] for i in range(len(self)))
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """Temperatures at which targets are exact."""
+        return self.spec.targets.temperatures
+
+    @property
+    def vocab_size(self) -> int:
+        """V of the targets: the teacher's tokens without padded rows."""
+        return self.spec.teacher.vocab_size
+
+    def tokens(self, index: int) -> TokenSequence:
+        """Only the tokens of a sequence."""
+        shard, row = self._locate(index)
+        return shard.sequence(row)
+
+    def compact(self, index: int) -> tuple[TokenSequence, CompactTargets]:
+        """A sequence with its targets still as small integers, for decoding on the training device."""
+        shard, row = self._locate(index)
+        sequence = shard.sequence(row)
+        return sequence, shard.targets(row, int(sequence.target_mask.sum()))
+
+    def head_bytes(self) -> bytes:
+        """The safetensors file of the teacher's output head, its digest checked (``hidden`` caches).
+
+        Raises:
+            CacheNotFoundError: This cache has none.
+        """
+        if self.manifest.head_digest is None:
+            raise CacheNotFoundError(
+                f"{self.store} holds {self.spec.targets.scheme} targets, not hidden states",
+                hint="dump with --targets hidden for an exact, lossless cache",
+            )
+        data = self.store.read(table_name(self.manifest.head_digest))
+        if (found := digest(data)) != self.manifest.head_digest:
+            raise CacheCorruptError(
+                f"{self.store}: the head has digest {found}, {self.manifest.head_digest} was committed"
+            )
+        return data
+
+    def open_shard(self, position: int, *, check_digest: bool = True) -> ShardReader:
+        """The ``position``-th committed shard."""
+        table = self.manifest.shards
+        number, expected = table.shard[position], table.digest[position]
+        try:
+            data = self.store.map(shard_name(number, expected), table.num_bytes[position])
+        except (CacheNotFoundError, StoreError) as error:
+            raise CacheCorruptError(
+                f"shard {number:05d}: {error.message}",
+                hint=f"remove {self.store}/commits/{number:05d}.json and run the dump again: only this shard is redone",
+            ) from error
+        return ShardReader(
+            data,
+            self.codec,
+            plan=self.manifest.fingerprint,
+            shard=number,
+            expected_digest=expected if check_digest else None,
+            max_positions=self.spec.corpus.seq_len,
+        )
+
+    def _locate(self, index: int) -> tuple[ShardReader, int]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sequence {index} of {len(self)}")
+        index %= len(self)
+        position = int(np.searchsorted(self._ends, index, side="right")) - 1
+        shard = self._open.get(position)
+        if shard is None:
+            shard = self._open[position] = self.open_shard(position)
+            if len(shard) != self.manifest.shards.num_sequences[position]:
+                raise CacheCorruptError(
+                    f"{shard.where}: {self.manifest.shards.num_sequences[position]} sequences were committed, found {len(shard)}"
+                )
+            if len(self._open) > MAX_OPEN_SHARDS:
+                self._open.popitem(last=False)
+        self._open.move_to_end(position)
+        return shard, index - int(self._ends[position])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}

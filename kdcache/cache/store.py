@@ -1,0 +1,168 @@
+"""The few verbs that a cache needs of storage, for a folder on a local or shared file system.
+
+``put_if_absent`` is the one that correctness rests on: the file appears at its name whole, or not at all, and only the
+first writer's. On POSIX: write a temporary file in the same file system, fsync, ``link(2)`` to the final name (fails if it
+exists), fsync the folder. Names are made by kdcache from numbers and digests, never taken from a file.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import re
+import socket
+import uuid
+from pathlib import Path
+
+from kdcache.errors import CacheNotFoundError, StoreError
+
+TEMPORARY = "tmp"
+_TEMPORARY_NAME = re.compile(r"(?P<host>[A-Za-z0-9_.-]+)~(?P<pid>\d+)~[0-9a-f]{32}")
+
+
+class LocalStore:
+    """A cache folder. Methods take names relative to it, with ``/``."""
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(root)
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    def exists(self, name: str) -> bool:
+        """Whether a file stands at the name."""
+        return (self.root / name).is_file()
+
+    def read(self, name: str) -> bytes:
+        """The whole file.
+
+        Raises:
+            CacheNotFoundError: There is none.
+        """
+        try:
+            return (self.root / name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise CacheNotFoundError(f"{self.root / name} does not exist") from error
+
+    def map(self, name: str, num_bytes: int) -> mmap.mmap:
+        """A read-only memory map of a file of a known size.
+
+        Raises:
+            CacheNotFoundError: There is none.
+            StoreError: It has another size.
+        """
+        try:
+            with open(self.root / name, "rb") as file:
+                found = os.fstat(file.fileno()).st_size
+                if found != num_bytes or found == 0:
+                    raise StoreError(f"{self.root / name}: {num_bytes} bytes were committed, found {found}")
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError as error:
+            raise CacheNotFoundError(f"{self.root / name} does not exist") from error
+
+    def list(self, folder: str) -> list[str]:
+        """File names in a folder, sorted; empty when there is no folder."""
+        try:
+            return sorted(os.listdir(self.root / folder))
+        except FileNotFoundError:
+            return []
+
+    def put_if_absent(self, name: str, data: bytes | memoryview) -> bool:
+        """Publish a file unless one stands there already; durable when this returns.
+
+        Returns:
+            False when another writer was first; the data are discarded then.
+
+        Raises:
+            StoreError: The file system has no hard links, or no space.
+        """
+        target = self.root / name
+        if target.exists():
+            return False
+        temporary = self._write_temporary(data)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.link(temporary, target)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+                raise StoreError(
+                    f"{self.root}: this file system has no hard links, so two writers cannot be told apart",
+                    hint="put the cache on a POSIX file system (ext4, xfs, Lustre, NFS)",
+                ) from error
+            raise
+        finally:
+            temporary.unlink()
+        _sync_folder(target.parent)
+        return True
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Publish a file over whatever stands there. Only for what can be derived again."""
+        temporary = self._write_temporary(data)
+        target = self.root / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+
+    def delete(self, name: str) -> None:
+        """Remove a file; no error when there is none."""
+        (self.root / name).unlink(missing_ok=True)
+
+    def remove_abandoned(self) -> int:
+        """Delete temporary files whose writer on this host no longer runs; how many there were."""
+        removed = 0
+        for name in self.list(TEMPORARY):
+            match = _TEMPORARY_NAME.fullmatch(name)
+            if match and match["host"] == hostname() and not is_running(int(match["pid"])):
+                self.delete(f"{TEMPORARY}/{name}")
+                removed += 1
+        folder = self.root / TEMPORARY
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        return removed
+
+    def _write_temporary(self, data: bytes | memoryview) -> Path:
+        folder = self.root / TEMPORARY
+        path = folder / f"{hostname()}~{os.getpid()}~{uuid.uuid4().hex}"
+        while True:
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                with open(path, "xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                return path
+            except FileNotFoundError:
+                continue  # the folder was tidied away by a peer between the two calls
+            except OSError as error:
+                path.unlink(missing_ok=True)
+                raise StoreError(
+                    f"{self.root}: cannot write {len(data)} bytes ({error.strerror})",
+                    hint="free some space and run the same command again: what is committed stays",
+                ) from error
+
+
+def hostname() -> str:
+    """This host, in characters that fit a file name."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", socket.gethostname())
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process of this host is alive."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

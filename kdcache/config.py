@@ -1,0 +1,127 @@
+"""Options from three places: defaults in the model, a YAML file, flags; later ones win, unknown names are refused.
+
+A config file is a mapping of option names, or has a section for each command (``dump-teacher:``, ``train-student:`` ...), so
+that one file tells a whole story. The resolved options are written beside the output of every run, with the versions,
+command line and device that produced it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from kdcache.errors import ConfigError
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "accelerate",
+    "numpy",
+    "pyarrow",
+    "zstandard",
+    "safetensors",
+)
+
+OptionsT = TypeVar("OptionsT", bound="Options")
+
+
+class Options(BaseModel):
+    """Base of the options of a command: frozen, unknown names refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+def resolve_options(kind: type[OptionsT], command: str, flags: Mapping[str, Any], config: str | None) -> OptionsT:
+    """Options of a command: defaults, then the config file, then the flags that were given (those not None).
+
+    Args:
+        kind: The command's option model.
+        command: Its name, also the name of its section in a config file.
+        flags: Flag name to value; None means not given.
+        config: Path of a YAML file, or None.
+
+    Raises:
+        ConfigError: An unknown option (with the nearest known one), or a value that does not fit.
+    """
+    values = {} if config is None else read_section(config, command)
+    values |= {name: value for name, value in flags.items() if value is not None}
+    known = list(kind.model_fields)
+    for name in values:
+        if name not in known:
+            raise ConfigError(
+                f"{command}: there is no option {name!r}" + ("" if config is None else f" ({config})"),
+                hint=_suggestion(name, known),
+            )
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "options"
+        if first["type"] == "missing":
+            raise ConfigError(
+                f"{command}: --{place.replace('_', '-')} is needed", hint=f"kdcache {command} --help"
+            ) from error
+        raise ConfigError(f"{command}: {place}: {first['msg']} (found {first.get('input')!r})") from error
+
+
+def read_section(config: str, command: str) -> dict[str, Any]:
+    """A command's options out of a YAML file; dashes in names become underscores."""
+    try:
+        raw = yaml.safe_load(Path(config).read_text()) or {}
+    except OSError as error:
+        raise ConfigError(f"config file {config}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {config}: not YAML ({error})") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"config file {config}: a mapping of option names was expected, found {type(raw).__name__}")
+    if command in raw:
+        raw = raw[command] or {}
+    elif any(isinstance(value, dict) and "-" in key for key, value in raw.items()):
+        raw = {}  # a story of several commands that leaves this one at its defaults
+    return {str(name).replace("-", "_"): value for name, value in raw.items()}
+
+
+def provenance(command: str, options: BaseModel, device: str) -> dict[str, Any]:
+    """What produced a result: versions, command line, device, every option as resolved."""
+    return {
+        "command": command,
+        "argv": sys.argv,
+        "device": device,
+        "versions": library_versions(),
+        "options": options.model_dump(mode="json"),
+    }
+
+
+def write_provenance(folder: Path, name: str, command: str, options: BaseModel, device: str) -> None:
+    """Write ``<name>.yaml`` (a config file that repeats the run) and ``<name>.provenance.json`` into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    resolved = {command: options.model_dump(mode="json", exclude_none=True)}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+    (folder / f"{name}.provenance.json").write_text(json.dumps(provenance(command, options, device), indent=2) + "\n")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python, kdcache and the libraries that can move a number."""
+    versions = {"python": platform.python_version()}
+    for package in ("kdcache", *PACKAGES):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def _suggestion(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else "known options: " + ", ".join(known)

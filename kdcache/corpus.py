@@ -1,0 +1,399 @@
+"""Rows of a dataset -> token sequences, as a pure function of a row range.
+
+A row is plain text (``text``), a prompt with its completion (``prompt``, ``completion``) or a chat (``messages``): the
+columns of TRL, told apart by name. What is learned is all of a text, the completion, or what the assistant says.
+
+Sequences never cross the border of a shard: documents of a row range are cut or packed among themselves (best fit, longest
+first), and stay apart inside a sequence by their start positions. Text longer than a sequence goes on in the next one; a
+chat or completion is truncated instead, because its tail means nothing without its head.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import xxhash
+
+from kdcache.cache.manifest import CorpusSpec
+from kdcache.errors import CorpusError
+from kdcache.targets import TokenSequence
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+BUILTIN = "builtin:python-reference"
+READERS = {
+    ".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text",
+}  # fmt: skip
+COMPRESSION = (".gz", ".zst", ".bz2", ".xz")
+Columns = Literal["text", "prompt_completion", "messages"]
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def load_rows(dataset: str, split: str, *, config_name: str | None = None) -> Dataset:
+    """The rows of a dataset.
+
+    Args:
+        dataset: Hub name; folder of ``save_to_disk``; file (jsonl, parquet, csv, txt, also .gz and .zst), folder or glob
+            of such files; or ``builtin:python-reference``, prose that ships with Python.
+        split: A split with an optional slice, as in ``datasets``: ``train``, ``train[:90%]``, ``test[100:200]``.
+        config_name: Configuration of a hub dataset.
+
+    Raises:
+        CorpusError: There is no such dataset or split, or it has no rows.
+    """
+    import datasets
+
+    with _reading(dataset):
+        if dataset == BUILTIN:
+            rows = _take_split(datasets.Dataset.from_list(_python_reference()), split)
+        elif (Path(dataset) / "state.json").is_file() or (Path(dataset) / "dataset_dict.json").is_file():
+            loaded = datasets.load_from_disk(dataset)
+            rows = _take_split(loaded, split)
+        elif files := local_files(dataset):
+            rows = datasets.load_dataset(
+                _reader_of(dataset, files), data_files={_split_name(split): files}, split=split
+            )
+        elif Path(dataset).exists():
+            raise CorpusError(f"dataset {dataset}: no files of a known kind", hint=f"known are {', '.join(READERS)}")
+        elif "/" in dataset and (dataset.startswith((".", "/", "~")) or dataset.count("/") > 1 or _reader(dataset)):
+            raise CorpusError(f"dataset {dataset}: no such file or folder")
+        else:
+            rows = datasets.load_dataset(dataset, config_name, split=split)
+    if not len(rows):
+        raise CorpusError(f"dataset {dataset}, split {split}: no rows")
+    return rows
+
+
+def source_digest(dataset: str, split: str, config_name: str | None = None) -> str:
+    """Digest of what rows come from: bytes of local files, text of the builtin, or the fingerprint that datasets keeps."""
+    state = xxhash.xxh3_128()
+    if dataset == BUILTIN:
+        for row in _python_reference():
+            state.update(row["text"].encode())
+    elif Path(dataset).is_dir() or local_files(dataset):
+        folder = Path(dataset)
+        files = [str(p) for p in sorted(folder.rglob("*.arrow"))] if folder.is_dir() else []
+        for file in files or local_files(dataset):
+            state.update(Path(file).name.encode())
+            with open(file, "rb") as stream:
+                while block := stream.read(16 << 20):
+                    state.update(block)
+    else:
+        state.update(str(load_rows(dataset, split, config_name=config_name)._fingerprint).encode())
+    return state.hexdigest()
+
+
+def local_files(dataset: str) -> list[str]:
+    """Files of a known kind that a path, folder or glob names, sorted; empty for a hub name."""
+    path = Path(dataset).expanduser()
+    if path.is_file():
+        return [str(path)]
+    if path.is_dir():
+        return [str(p) for p in sorted(path.rglob("*")) if p.is_file() and _reader(p.name)]
+    if any(mark in dataset for mark in "*?["):
+        anchor = Path(path.anchor) if path.is_absolute() else Path()
+        return [str(p) for p in sorted(anchor.glob(str(path.relative_to(path.anchor) if path.anchor else path)))]
+    return []
+
+
+def detect_columns(names: Iterable[str], text_column: str | None = None) -> tuple[Columns, str]:
+    """What the rows hold, from column names; the text column's name.
+
+    Raises:
+        CorpusError: No known combination of columns.
+    """
+    have = set(names)
+    if text_column is not None:
+        if text_column not in have:
+            raise CorpusError(f"column {text_column!r} was asked for, the dataset has {sorted(have)}")
+        return "text", text_column
+    if "messages" in have:
+        return "messages", "messages"
+    if {"prompt", "completion"} <= have:
+        return "prompt_completion", "completion"
+    if "text" in have:
+        return "text", "text"
+    raise CorpusError(
+        f"columns text, or prompt and completion, or messages were expected, found {sorted(have)}",
+        hint="rename a column, or name the text with --text-column",
+    )
+
+
+def _python_reference() -> list[dict[str, str]]:
+    """The Python language reference, topic by topic: about 465 kB of prose that needs no download."""
+    from pydoc_data.topics import topics
+
+    return [{"text": topics[name]} for name in sorted(topics)]
+
+
+def _take_split(loaded: Any, split: str) -> Dataset:
+    import datasets
+
+    splits = loaded if isinstance(loaded, dict) else {_split_name(split): loaded}
+    if _split_name(split) not in splits:
+        raise CorpusError(f"split {_split_name(split)!r} was asked for, the dataset has {sorted(splits)}")
+    sizes = {name: len(rows) for name, rows in splits.items()}
+    parts = []
+    for part in datasets.ReadInstruction.from_spec(split).to_absolute(sizes):
+        stop = sizes[part.splitname] if part.to is None else part.to
+        parts.append(splits[part.splitname].select(range(part.from_ or 0, stop)))
+    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+
+
+def _split_name(split: str) -> str:
+    return split.split("[")[0].split("+")[0] or "train"
+
+
+def _reader(name: str) -> str | None:
+    suffixes = [s for s in Path(name).suffixes if s not in COMPRESSION]
+    return READERS.get(suffixes[-1]) if suffixes else None
+
+
+def _reader_of(dataset: str, files: Sequence[str]) -> str:
+    kinds = {_reader(Path(file).name) for file in files}
+    if len(kinds) != 1 or None in kinds:
+        raise CorpusError(
+            f"dataset {dataset}: files of one known kind were expected, found {sorted({Path(f).suffix for f in files})}",
+            hint=f"known are {', '.join(READERS)}, each also with .gz or .zst",
+        )
+    return str(kinds.pop())
+
+
+@contextmanager
+def _reading(dataset: str) -> Iterator[None]:
+    """Turn what datasets raises for data it cannot read into a CorpusError."""
+    import datasets
+    import pyarrow as pa
+
+    bars_were_on = datasets.utils.logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    except (
+        FileNotFoundError, ConnectionError, datasets.exceptions.DatasetsError, datasets.exceptions.DatasetGenerationError,
+        pa.ArrowInvalid, ValueError, AssertionError,
+    ) as error:  # fmt: skip
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        first = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        raise CorpusError(f"dataset {dataset}: cannot be read: {first}") from error
+    finally:
+        if bars_were_on:
+            datasets.enable_progress_bars()
+
+
+# --- documents --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Document:
+    """Token ids ``[n]`` of one row, and which of them are to be learned."""
+
+    input_ids: np.ndarray[Any, np.dtype[np.uint32]]
+    loss_mask: np.ndarray[Any, np.dtype[np.bool_]]
+
+
+@dataclass(slots=True)
+class CorpusCounts:
+    """What became of the rows of a range, said aloud once a dump is done."""
+
+    num_rows: int = 0
+    num_skipped: int = 0
+    num_truncated: int = 0
+    num_split: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+def tokenize_row(row: dict[str, Any], spec: CorpusSpec, tokenizer: PreTrainedTokenizerBase) -> Document | None:
+    """A row as token ids with a loss mask; None for a row without anything to learn.
+
+    Raises:
+        CorpusError: A column is not what its name says.
+    """
+    if spec.columns == "text":
+        text = _expect(row, spec.text_column, str)
+        ids = _with_eos(tokenizer(text)["input_ids"] if text else [], spec, tokenizer)
+        mask = [True] * len(ids)
+    elif spec.columns == "prompt_completion":
+        ids, mask = _tokenize_completion(row, spec, tokenizer)
+    else:
+        messages = _expect(row, "messages", list)
+        ids, mask = _tokenize_chat(messages, 0 if spec.assistant_only else None, tokenizer)
+    mask[:1] = [False]
+    if len(ids) < 2 or not any(mask):
+        return None
+    return Document(np.array(ids, dtype=np.uint32), np.array(mask, dtype=bool))
+
+
+def _expect(row: dict[str, Any], column: str, kind: type) -> Any:
+    value = row.get(column)
+    if value is None:
+        return kind()
+    if not isinstance(value, kind):
+        raise CorpusError(
+            f"column {column!r}: {kind.__name__} was expected, found {type(value).__name__}: {str(value)[:60]!r}"
+        )
+    return value
+
+
+def _with_eos(ids: list[int], spec: CorpusSpec, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    eos = tokenizer.eos_token_id
+    return [*ids, eos] if spec.append_eos and eos is not None and ids and ids[-1] != eos else ids
+
+
+def _tokenize_completion(
+    row: dict[str, Any], spec: CorpusSpec, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[bool]]:
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return _tokenize_chat([*prompt, *completion], len(prompt) if spec.assistant_only else None, tokenizer)
+    prompt, completion = _expect(row, "prompt", str), _expect(row, "completion", str)
+    if not completion:
+        return [], []
+    encoded = tokenizer(prompt + completion, return_offsets_mapping=True)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    # A token that straddles the border holds some of the completion: it is learned.
+    mask = [not spec.assistant_only or (end > len(prompt) and end > start) for start, end in offsets]
+    with_eos = _with_eos(ids, spec, tokenizer)
+    return with_eos, mask + [True] * (len(with_eos) - len(ids))
+
+
+def _tokenize_chat(
+    messages: list[dict[str, Any]], first_learned: int | None, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[bool]]:
+    """A chat through the chat template; learned is what the assistant says from message ``first_learned`` on, or all."""
+    if tokenizer.chat_template is None:
+        raise CorpusError(
+            "the dataset holds chats, but the teacher's tokenizer has no chat template",
+            hint="use a dataset with a text column, or an instruction-tuned teacher",
+        )
+    if not messages:
+        return [], []
+    text = _render(messages, tokenizer)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids: list[int] = encoded["input_ids"]
+    if first_learned is None:
+        return ids, [True] * len(ids)
+    spans = []
+    for i, message in enumerate(messages):
+        if message.get("role") != "assistant" or i < first_learned:
+            continue
+        before = _render(messages[:i], tokenizer, add_generation_prompt=True)
+        upto = _render(messages[: i + 1], tokenizer)
+        if not (text.startswith(before) and text.startswith(upto)):
+            raise CorpusError(
+                "the chat template rewrites earlier turns, so what the assistant says cannot be told apart",
+                hint="use --no-assistant-only to learn the whole chat, or a dataset with prompt and completion",
+            )
+        spans.append((len(before), len(upto.rstrip("\n")) if upto.endswith("\n") else len(upto)))
+    mask = [any(a <= start and start < b and end > start for a, b in spans) for start, end in encoded["offset_mapping"]]
+    return ids, mask
+
+
+def _render(
+    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool = False
+) -> str:
+    import jinja2
+
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+    except (jinja2.TemplateError, KeyError, TypeError) as error:
+        raise CorpusError(
+            f"the chat template refuses a chat: {error}", hint="roles and contents as the template expects"
+        ) from error
+
+
+# --- sequences --------------------------------------------------------------------------------------------------------
+
+
+def make_sequences(
+    rows: Iterable[dict[str, Any]],
+    spec: CorpusSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    counts: CorpusCounts | None = None,
+) -> list[TokenSequence]:
+    """The sequences of a shard, from its rows alone."""
+    counts = counts if counts is not None else CorpusCounts()
+    pieces: list[Document] = []
+    for row in rows:
+        counts.num_rows += 1
+        document = tokenize_row(row, spec, tokenizer)
+        if document is None:
+            counts.num_skipped += 1
+            continue
+        pieces.extend(_cut(document, spec, counts))
+    if not spec.packing:
+        return [_join([piece]) for piece in pieces]
+    return [_join([pieces[i] for i in group]) for group in best_fit([len(p.input_ids) for p in pieces], spec.seq_len)]
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Pack items into bins of a capacity, longest first, each into the fullest bin that holds it.
+
+    Returns:
+        Item numbers by bin; every item once, in an order that depends on the lengths alone.
+    """
+    bins: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (space left, bin), ascending
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        assert lengths[item] <= capacity, "pieces are cut to the capacity first"
+        at = bisect.bisect_left(room, (lengths[item], -1))
+        if at == len(room):
+            bins.append([])
+            left, number = capacity, len(bins) - 1
+        else:
+            left, number = room.pop(at)
+        bins[number].append(item)
+        if left - lengths[item]:
+            bisect.insort(room, (left - lengths[item], number))
+    return bins
+
+
+def _cut(document: Document, spec: CorpusSpec, counts: CorpusCounts) -> Iterator[Document]:
+    ids, mask = document.input_ids, document.loss_mask
+    if len(ids) <= spec.seq_len:
+        yield document
+        return
+    if spec.columns != "text":
+        counts.num_truncated += 1
+        if mask[: spec.seq_len].any():
+            yield Document(ids[: spec.seq_len], mask[: spec.seq_len])
+        else:
+            counts.num_skipped += 1
+        return
+    counts.num_split += 1
+    for start in range(0, len(ids), spec.seq_len):
+        piece = mask[start : start + spec.seq_len].copy()
+        piece[0] = False  # its predecessor is in another sequence
+        if piece.any():
+            yield Document(ids[start : start + spec.seq_len], piece)
+
+
+def _join(pieces: Sequence[Document]) -> TokenSequence:
+    ends = np.cumsum([len(piece.input_ids) for piece in pieces])
+    return TokenSequence(
+        input_ids=np.concatenate([piece.input_ids for piece in pieces]),
+        loss_mask=np.concatenate([piece.loss_mask for piece in pieces]),
+        document_starts=np.concatenate([[0], ends[:-1]]).astype(np.uint32),
+    )
+
+
+def mean_row_tokens(rows: Dataset, spec: CorpusSpec, tokenizer: PreTrainedTokenizerBase, sample: int = 128) -> float:
+    """Tokens of a row on average, from at most ``sample`` rows spread evenly: the pilot that sizes the shards."""
+    step = max(1, len(rows) // sample)
+    documents = [tokenize_row(rows[i], spec, tokenizer) for i in range(0, len(rows), step)]
+    return float(np.mean([0 if d is None else len(d.input_ids) for d in documents]))

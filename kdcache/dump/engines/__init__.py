@@ -1,0 +1,1 @@
+"""Teacher engines: a batch of token sequences in, their targets out."""

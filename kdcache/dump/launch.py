@@ -1,0 +1,489 @@
+"""From options to a finished cache: describe, plan, run workers, seal.
+
+Workers share nothing but the store, so one process, several processes of this machine, torchrun and srun run the same loop;
+only who starts it differs. Under torchrun or srun every process is a worker and takes its device from its local rank; no
+process group is made, so one that dies takes nobody with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+from kdcache.cache.commit import (
+    committed_shards,
+    current_manifest,
+    publish_plan,
+    read_plan,
+    seal,
+    table_name,
+)
+from kdcache.cache.manifest import (
+    CacheSpec,
+    CodecSpec,
+    ComputeSpec,
+    CorpusSpec,
+    Manifest,
+    Plan,
+    TargetSpec,
+    TeacherSpec,
+)
+from kdcache.cache.shard import digest
+from kdcache.cache.store import LocalStore
+from kdcache.config import library_versions, write_provenance
+from kdcache.corpus import CorpusCounts, detect_columns, load_rows, mean_row_tokens, source_digest
+from kdcache.dump.options import DEFAULT_SHARD_POSITIONS, MIN_SHARDS, DumpOptions
+from kdcache.dump.progress import DumpProgress
+from kdcache.errors import CacheIncompleteError, CacheMismatchError, ConfigError, KDCacheError
+from kdcache.models import (
+    check_packing,
+    describe_tokenizer,
+    find_model,
+    keep_freed_memory,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_digest,
+    parse_dtype,
+    pick_device,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from kdcache.dump.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+CHUNK_POSITIONS = {"cpu": 1024, "cuda": 4096}
+REFRESH_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class DumpResult:
+    """What came of a dump.
+
+    Attributes:
+        manifest: The cache as it stands.
+        already_done: Nothing was left to do.
+        stopped: Stopped by a signal, between shards.
+    """
+
+    manifest: Manifest
+    already_done: bool = False
+    stopped: int = 0
+    counts: CorpusCounts = field(default_factory=CorpusCounts)
+
+
+def dump(options: DumpOptions) -> DumpResult:
+    """Run phase 1 to the end, or as far as it gets; running it again goes on from there.
+
+    Raises:
+        CacheMismatchError: The cache was begun with other settings.
+        KDCacheError: Anything else that a user can meet.
+    """
+    store = LocalStore(options.output)
+    done = finished_before(store, options)
+    if done is not None:
+        return DumpResult(done, already_done=True)
+    keep_freed_memory()
+    rank, world_size = launched_rank()
+    plan, rows = make_plan(store, options)
+    write_provenance(
+        store.root / "runs",
+        f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}",
+        "dump-teacher",
+        options,
+        plan.spec.compute.device,
+    )
+    _warn_about_versions(plan)
+    store.remove_abandoned()
+    num_done = len(committed_shards(store))
+    if num_done:
+        logger.info("%d of %d shards are committed already; going on", num_done, plan.spec.num_shards)
+    counts = CorpusCounts()
+    stopped = 0
+    if num_done < plan.spec.num_shards:
+        if world_size > 1 or options.workers == 1:
+            stopped, counts = _run_here(store, options, plan, rows, rank, world_size, num_done)
+        else:
+            stopped = _run_processes(store, options, plan, num_done)
+    return DumpResult(seal(store), stopped=stopped, counts=counts)
+
+
+def finished_before(store: LocalStore, options: DumpOptions) -> Manifest | None:
+    """The manifest, if the cache is complete and was made with these options; found out without loading anything.
+
+    Raises:
+        CacheMismatchError: It is complete, but was made otherwise.
+    """
+    if not store.exists("plan.json"):
+        return None
+    manifest = current_manifest(store)
+    if not manifest.sealed or not store.exists("manifest.json"):
+        return None
+    spec = manifest.spec
+    asked: dict[str, Any] = {
+        "teacher.digest": model_digest(find_model(options.teacher, options.revision)),
+        "corpus.digest": source_digest(options.dataset, options.split, options.dataset_config),
+        "corpus.split": options.split,
+        "corpus.seq_len": options.seq_len,
+        "corpus.packing": options.packing,
+        "corpus.append_eos": options.append_eos,
+        "corpus.assistant_only": options.assistant_only,
+        "targets.scheme": options.targets,
+        "targets.k": 0 if options.targets == "hidden" else min(options.top_k, spec.teacher.vocab_size),
+        "targets.temperatures": list(options.temperatures),
+        "codec.name": "exact" if options.targets == "hidden" else options.codec,
+        "compute.batch_tokens": options.batch_tokens,
+        "teacher.attention": options.attention,
+    }
+    if options.text_column is not None:
+        asked["corpus.text_column"] = options.text_column
+    if options.dtype != "auto":
+        asked["teacher.dtype"] = options.dtype
+    if options.threads is not None:
+        asked["compute.threads"] = options.threads
+    standing = spec.fields()
+    differing = [(name, standing[name], value) for name, value in asked.items() if standing[name] != value]
+    if differing:
+        lines = "".join(f"\n  {name}: the cache has {old!r}, this run asks for {new!r}" for name, old, new in differing)
+        raise CacheMismatchError(
+            f"{store} is finished, and was made with other settings:{lines}",
+            hint="use another --output for a new cache",
+        )
+    return manifest
+
+
+# --- plan -------------------------------------------------------------------------------------------------------------
+
+
+def make_plan(store: LocalStore, options: DumpOptions) -> tuple[Plan, Dataset]:
+    """Describe everything that moves the numbers, and publish it or agree with what was published."""
+    standing = read_plan(store) if store.exists("plan.json") else None
+    source = find_model(options.teacher, options.revision)
+    config = load_config(source, trust_remote_code=options.trust_remote_code)
+    text_config = config.get_text_config()
+    tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
+    tokenizer_spec = describe_tokenizer(tokenizer)
+    rows = load_rows(options.dataset, options.split, config_name=options.dataset_config)
+    columns, text_column = detect_columns(rows.column_names, options.text_column)
+    _check_context(options, text_config)
+    device = pick_device(options.device)
+    vocab_size = min(text_config.vocab_size, tokenizer_spec.num_tokens)
+    corpus = CorpusSpec(
+        dataset=options.dataset,
+        digest=source_digest(options.dataset, options.split, options.dataset_config),
+        split=options.split,
+        num_rows=len(rows),
+        columns=columns,
+        text_column=text_column,
+        seq_len=options.seq_len,
+        packing=options.packing,
+        append_eos=options.append_eos,
+        assistant_only=options.assistant_only,
+    )
+    hidden = options.targets == "hidden"
+    if not hidden and options.top_k > vocab_size:
+        logger.info(
+            "--top-k %d is more than the vocabulary: every one of its %d tokens is kept", options.top_k, vocab_size
+        )
+    spec = CacheSpec(
+        teacher=TeacherSpec(
+            name=options.teacher,
+            digest=model_digest(source),
+            dtype=str(parse_dtype(options.dtype, text_config)).removeprefix("torch."),
+            attention=options.attention,
+            vocab_size=vocab_size,
+            hidden_size=text_config.hidden_size,
+            num_parameters=_count_parameters(config),
+        ),
+        tokenizer=tokenizer_spec,
+        corpus=corpus,
+        targets=TargetSpec(
+            scheme=options.targets, k=0 if hidden else min(options.top_k, vocab_size), temperatures=options.temperatures
+        ),
+        codec=CodecSpec(name="exact" if hidden else options.codec, step=0.0645),
+        compute=ComputeSpec(
+            device=device.split(":")[0],
+            threads=options.threads or (standing.spec.compute.threads if standing else _threads(options, device)),
+            batch_tokens=options.batch_tokens,
+            chunk_positions=CHUNK_POSITIONS.get(device.split(":")[0], 4096),
+        ),
+        rows_per_shard=(
+            standing.spec.rows_per_shard
+            if standing and options.shard_positions is None
+            else _rows_per_shard(options, rows, mean_row_tokens(rows, corpus, tokenizer))
+        ),
+    )
+    plan = Plan(spec=spec, fingerprint=spec.fingerprint, environment=library_versions())
+    logger.info(
+        "%d rows (%s) in %d shards; teacher %s, %s",
+        len(rows),
+        columns,
+        spec.num_shards,
+        options.teacher,
+        spec.teacher.dtype,
+    )
+    return publish_plan(store, plan), rows
+
+
+def _rows_per_shard(options: DumpOptions, rows: Dataset, tokens_per_row: float) -> int:
+    """As many rows as give a shard's worth of positions; small corpora still get a few shards, to resume between."""
+    if tokens_per_row == 0:
+        raise ConfigError(
+            f"dataset {options.dataset}: no row of the pilot has anything to learn",
+            hint="look at its rows and --text-column",
+        )
+    positions = options.shard_positions or min(DEFAULT_SHARD_POSITIONS, tokens_per_row * len(rows) / MIN_SHARDS)
+    return max(1, min(len(rows), round(positions / tokens_per_row)))
+
+
+def _threads(options: DumpOptions, device: str) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // options.workers) if device == "cpu" else 1
+
+
+def _check_context(options: DumpOptions, text_config: Any) -> None:
+    context = getattr(text_config, "max_position_embeddings", None)
+    if context is not None and options.seq_len > context:
+        raise ConfigError(
+            f"--seq-len {options.seq_len} is longer than the teacher's context of {context} tokens",
+            hint=f"--seq-len {context}",
+        )
+
+
+def _count_parameters(config: Any) -> int:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _warn_about_versions(plan: Plan) -> None:
+    now = library_versions()
+    changed = [f"{name} {old} -> {now.get(name)}" for name, old in plan.environment.items() if now.get(name) != old]
+    if changed:
+        logger.warning(
+            "the cache was begun under other versions (%s); its last bits may differ from an uninterrupted dump",
+            ", ".join(changed),
+        )
+
+
+# --- run --------------------------------------------------------------------------------------------------------------
+
+
+def launched_rank() -> tuple[int, int]:
+    """``(rank, world size)`` under torchrun or srun; ``(0, 1)`` elsewhere."""
+    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if rank in os.environ and size in os.environ:
+            return int(os.environ[rank]), int(os.environ[size])
+    return 0, 1
+
+
+def local_device(options: DumpOptions, plan: Plan, rank: int) -> str:
+    """The device of a worker: its own GPU, or the CPU."""
+    if plan.spec.compute.device != "cuda" or options.device not in ("auto", "cuda"):
+        return plan.spec.compute.device if options.device == "auto" else options.device
+    import torch
+
+    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", rank)))
+    return f"cuda:{local % max(torch.cuda.device_count(), 1)}"
+
+
+def make_worker(
+    store: LocalStore, options: DumpOptions, plan: Plan, rows: Dataset | None, rank: int, size: int
+) -> Worker:
+    """Load the teacher and everything else that a worker needs."""
+    import torch
+
+    from kdcache.dump.engines.transformers import TransformersEngine
+    from kdcache.dump.worker import Worker
+    from kdcache.models import head_of
+
+    keep_freed_memory()
+    spec = plan.spec
+    if spec.compute.device == "cpu":
+        torch.set_num_threads(spec.compute.threads)
+    source = find_model(options.teacher, options.revision)
+    model = load_model(
+        source,
+        dtype=parse_dtype(spec.teacher.dtype),
+        attention=spec.teacher.attention,
+        device=local_device(options, plan, rank),
+        device_map=options.device_map,
+        trust_remote_code=options.trust_remote_code,
+    )
+    if spec.corpus.packing:
+        check_packing(model)
+    engine = TransformersEngine(
+        model,
+        vocab_size=spec.teacher.vocab_size,
+        k=spec.targets.k,
+        temperatures=spec.targets.temperatures,
+        chunk_positions=spec.compute.chunk_positions,
+        keep_hidden=spec.targets.scheme == "hidden",
+    )
+    head_digest = None
+    if spec.targets.scheme == "hidden":
+        head = head_of(model).first(spec.teacher.vocab_size).to_bytes()
+        head_digest = digest(head)
+        store.put_if_absent(table_name(head_digest), head)
+    return Worker(
+        store=store,
+        plan=plan,
+        rows=rows
+        if rows is not None
+        else load_rows(options.dataset, options.split, config_name=options.dataset_config),
+        tokenizer=load_tokenizer(source, trust_remote_code=options.trust_remote_code),
+        engine=engine,
+        head_digest=head_digest,
+        offset=rank / size,
+    )
+
+
+def _run_here(
+    store: LocalStore, options: DumpOptions, plan: Plan, rows: Dataset, rank: int, size: int, num_done: int
+) -> tuple[int, CorpusCounts]:
+    with DumpProgress(plan.spec.num_shards, num_done) as progress, stop_on_signals() as stop:
+        worker = make_worker(store, options, plan, rows, rank, size)
+        positions, shards = 0, 0.0
+
+        def on_progress(more: int, fraction: float) -> None:
+            nonlocal positions
+            positions += more
+            progress.update(positions, shards + fraction)
+
+        def on_committed() -> None:
+            nonlocal shards
+            shards += 1
+
+        worker.on_progress, worker.on_committed, worker.should_stop = (
+            on_progress,
+            on_committed,
+            lambda: bool(stop.signal),
+        )
+        worker.work()
+    return stop.signal, worker.counts
+
+
+def _run_processes(store: LocalStore, options: DumpOptions, plan: Plan, num_done: int) -> int:
+    """A process a worker; progress through shared numbers, failures through pipes."""
+    if options.device_map is not None:
+        raise ConfigError(
+            f"--device-map {options.device_map} spreads one teacher over all GPUs, --workers {options.workers} wants one each",
+            hint="use one of the two, or torchrun with CUDA_VISIBLE_DEVICES set for each process",
+        )
+    context = multiprocessing.get_context("spawn")
+    shared = context.Array("d", 3 * options.workers, lock=False)
+    with DumpProgress(plan.spec.num_shards, num_done) as progress, stop_on_signals() as stop:
+        processes, pipes = [], []
+        for rank in range(options.workers):
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_worker_process, args=(options, rank, shared, sender), name=f"worker {rank}"
+            )
+            process.start()
+            sender.close()
+            processes.append(process)
+            pipes.append(receiver)
+        forwarded = 0
+        while any(process.is_alive() for process in processes):
+            time.sleep(REFRESH_SECONDS / 5)
+            progress.update(sum(shared[0::3]), sum(shared[1::3]) + sum(shared[2::3]))
+            if stop.signal and not forwarded:
+                forwarded = stop.signal
+                for process in processes:
+                    if process.is_alive() and process.pid:
+                        os.kill(process.pid, signal.SIGTERM)
+        errors = [error for pipe in pipes if (error := _receive(pipe)) is not None]
+    if errors:
+        raise errors[0]
+    died = {process.name: process.exitcode for process in processes if process.exitcode}
+    if died and not stop.signal:
+        logger.warning("%s", "; ".join(f"{name} ended with exit code {code}" for name, code in died.items()))
+    left = plan.spec.num_shards - len(committed_shards(store))
+    if left and not stop.signal:
+        raise CacheIncompleteError(
+            f"{left} of {plan.spec.num_shards} shards are not committed; workers that died: {died or 'none'}",
+            hint="run the same command again: what is committed stays",
+        )
+    return stop.signal
+
+
+def _receive(pipe: Connection) -> KDCacheError | None:
+    try:
+        return pipe.recv() if pipe.poll() else None  # type: ignore[no-any-return]
+    except EOFError:
+        return None
+
+
+def _worker_process(options: DumpOptions, rank: int, shared: Any, failures: Connection) -> None:
+    """Body of a spawned worker. Ends at once when its parent is gone."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    parent = os.getppid()
+    store = LocalStore(options.output)
+    with stop_on_signals(quiet=True) as stop:
+        try:
+            worker = make_worker(store, options, read_plan(store), None, rank, options.workers)
+
+            def on_progress(more: int, fraction: float) -> None:
+                shared[3 * rank] += more
+                shared[3 * rank + 1] = fraction if fraction < 1 else 0.0
+                if os.getppid() != parent:
+                    os._exit(1)
+
+            def on_committed() -> None:
+                shared[3 * rank + 2] += 1
+
+            worker.on_progress, worker.on_committed, worker.should_stop = (
+                on_progress,
+                on_committed,
+                lambda: bool(stop.signal),
+            )
+            worker.work()
+        except KDCacheError as error:
+            failures.send(error)
+
+
+@dataclass(slots=True)
+class StopSignal:
+    """The signal that asked to stop, or 0."""
+
+    signal: int = 0
+
+
+@contextmanager
+def stop_on_signals(*, quiet: bool = False) -> Iterator[StopSignal]:
+    """Ctrl-C and SIGTERM ask to finish the shard in hand; a second one ends the process as usual."""
+    stop = StopSignal()
+    previous: dict[int, Any] = {}
+
+    def handle(number: int, frame: object) -> None:
+        stop.signal = number
+        for known, handler in previous.items():
+            signal.signal(known, handler)
+        if not quiet:
+            logger.warning("stopping after the shard in hand; once more to stop at once")
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, handle)
+    except ValueError:  # not the main thread: whoever runs us there handles signals
+        pass
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

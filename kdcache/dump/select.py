@@ -1,0 +1,141 @@
+"""Logits -> targets: which entries to keep, and exact numbers for what is left out.
+
+Everything is computed from float32 logits while they are at hand, in one pass over a chunk of positions: the entries, the
+log-normalisers and tails of every temperature, the entropy, the label's logprob. The tail is a logsumexp over what is not
+kept (never ``1 - sum``), so that a tail of 1e-30 is as exact as one of 0.3.
+
+On a CPU the work is cut to a few rows that stay in the cache of a core, and the entries are found in two stages (the k
+blocks with the largest maxima contain the k largest entries); both keep the cost at a fraction of the teacher's own. The
+plain form that this equals stands in ``tests/unit/test_select.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+BLOCK = 8
+CACHED_ROWS = 8
+GPU_CHUNK_ELEMENTS = 1 << 28
+BELOW_ALL = -1.0e4
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """Targets of N positions as tensors on the teacher's device; the fields of ``SparseTargets``, K entries a row.
+
+    Attributes:
+        token_ids: ``[N, K]`` int64, ascending.
+        logprobs: ``[N, K]`` float32.
+        tail_logprobs: ``[N, num_temperatures]`` float32.
+        logz: ``[N]`` float32.
+        label_logprobs: ``[N]`` float32.
+        entropy: ``[N]`` float32.
+    """
+
+    token_ids: torch.Tensor
+    logprobs: torch.Tensor
+    tail_logprobs: torch.Tensor
+    logz: torch.Tensor
+    label_logprobs: torch.Tensor
+    entropy: torch.Tensor
+
+
+def select_top_k(logits: torch.Tensor, labels: torch.Tensor, *, k: int, temperatures: tuple[float, ...]) -> Selected:
+    """Keep the k most probable tokens of each position.
+
+    Equals, for ``logp = log_softmax(logits.float())``: ``logp.topk(k)``; the logsumexp of the rest of
+    ``log_softmax(logits / T)`` for each T; ``-(exp(logp) * logp).sum(-1)``; ``logp[label]``.
+
+    Args:
+        logits: ``[N, V]``, padded vocabulary rows already left out.
+        labels: ``[N]`` int64, below V.
+        k: Entries a position; 0 keeps none (the ``hidden`` scheme), V keeps all.
+        temperatures: The first is 1.
+    """
+    vocab_size = logits.shape[1]
+    kept_NK, ids_NK = _top_k(logits, k)
+    ids_NK, order = ids_NK.sort(dim=1)
+    kept_NK = kept_NK.float().gather(1, order)
+    # Everything is measured from the smallest kept logit (the largest of all where none is kept): the tail lies below it,
+    # so its exponentials neither overflow nor vanish.
+    base = kept_NK.amin(1, keepdim=True) if k else logits.amax(1, keepdim=True).float()
+    kept_NK = kept_NK - base
+    tail_z, weighted = _tail_sums(logits, base, ids_NK, temperatures)
+    if k == vocab_size:
+        tail_z = torch.full_like(tail_z, -torch.inf)
+    all_z = tail_z
+    if k:
+        kept_z = torch.stack([torch.logsumexp(kept_NK / temperature, dim=1) for temperature in temperatures], dim=1)
+        all_z = torch.logaddexp(kept_z, tail_z)
+    logz = all_z[:, 0]
+    logprobs_NK = kept_NK - logz[:, None]
+    label_z = (logits.gather(1, labels[:, None]).float() - base)[:, 0]
+    # entropy = logz - E[z], both from the base
+    mean_z = (logprobs_NK.exp() * kept_NK).sum(1) + weighted * torch.exp(-logz)
+    return Selected(
+        token_ids=ids_NK,
+        logprobs=logprobs_NK,
+        tail_logprobs=tail_z - all_z,
+        logz=logz + base[:, 0],
+        label_logprobs=label_z - logz,
+        entropy=(logz - mean_z).clamp_min(0),
+    )
+
+
+def _tail_sums(
+    logits_NV: torch.Tensor, base: torch.Tensor, ids_NK: torch.Tensor, temperatures: tuple[float, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[N, num_temperatures]`` log-sums of the tail, and ``[N]`` ``sum(exp(z) z)`` at T = 1, with z measured from the base.
+
+    One exponential serves temperatures that halve: ``exp(z / 2)`` is ``exp(z / 4)`` squared. A few rows at a time on a CPU,
+    in two buffers that stay in the cache of a core.
+    """
+    n, vocab_size = logits_NV.shape
+    descending = sorted(temperatures, reverse=True)
+    highest = descending[0]
+    rows = CACHED_ROWS if logits_NV.device.type == "cpu" else max(1, GPU_CHUNK_ELEMENTS // vocab_size)
+    sums = base.new_empty(n, len(temperatures))
+    weighted = base.new_empty(n)
+    scaled_buffer, powers_buffer = base.new_empty(min(rows, n), vocab_size), base.new_empty(min(rows, n), vocab_size)
+    for start in range(0, n, rows):
+        here = slice(start, min(start + rows, n))
+        scaled_NV, powers_NV = scaled_buffer[: here.stop - start], powers_buffer[: here.stop - start]
+        scaled_NV.copy_(logits_NV[here])
+        torch.add(-base[here] / highest, scaled_NV, alpha=1 / highest, out=scaled_NV)
+        scaled_NV.scatter_(1, ids_NK[here], BELOW_ALL)
+        torch.exp(scaled_NV, out=powers_NV)
+        reached = highest
+        for temperature in descending:
+            if reached == 2 * temperature:
+                powers_NV.mul_(powers_NV)
+            elif reached != temperature:
+                torch.exp(scaled_NV * (highest / temperature), out=powers_NV)
+            reached = temperature
+            sums[here, temperatures.index(temperature)] = powers_NV.sum(1)
+            if temperature == 1.0:
+                weighted[here] = (
+                    powers_NV.mul_(scaled_NV) if temperature == descending[-1] else powers_NV * scaled_NV
+                ).sum(1)
+    return sums.log(), weighted * highest
+
+
+def _top_k(logits_NV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and ids of the k largest logits of each row, in no order.
+
+    On a CPU the k blocks with the largest maxima are found first, by the same means; they hold the k largest logits. Blocks
+    are strided, {b, b + stride, b + 2 stride, ...}, so that their maxima are an elementwise maximum of contiguous rows.
+    """
+    n, vocab_size = logits_NV.shape
+    if logits_NV.device.type != "cpu" or k == 0 or vocab_size < 4 * BLOCK * k:
+        kept, ids = logits_NV.topk(k, dim=1, sorted=False)
+        return kept, ids
+    stride = vocab_size // BLOCK
+    whole = stride * BLOCK
+    _, best = _top_k(logits_NV[:, :whole].reshape(n, BLOCK, stride).amax(dim=1), k)
+    candidate_ids = (best[:, None, :] + (torch.arange(BLOCK) * stride)[:, None]).view(n, -1)
+    if whole < vocab_size:
+        candidate_ids = torch.cat([candidate_ids, torch.arange(whole, vocab_size).expand(n, -1)], dim=1)
+    kept, which = logits_NV.gather(1, candidate_ids).topk(k, dim=1, sorted=False)
+    return kept, candidate_ids.gather(1, which)

@@ -1,0 +1,207 @@
+"""One idempotent unit of work: dump shard i. A function of the plan and the shard's rows; which worker does it is no matter.
+
+Encoding and writing run on one background thread while the teacher goes on. Its result is taken before the next piece is
+handed over, so an error there stops the dump at once.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from kdcache.cache.commit import Lease, claim, commit_shard, committed_shards
+from kdcache.cache.manifest import Plan, ShardStats
+from kdcache.cache.shard import ShardBuilder, sequence_id
+from kdcache.cache.store import LocalStore, hostname
+from kdcache.corpus import CorpusCounts, make_sequences
+from kdcache.errors import KDCacheError, TeacherOutputError
+from kdcache.targets import SparseTargets, TokenSequence, check_alignment
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+POLL_SECONDS = 0.5
+
+
+class Engine(Protocol):
+    """Token ids to what the teacher says about them."""
+
+    num_splits: int
+
+    def run(self, batch: list[TokenSequence]) -> list[SparseTargets]:
+        """Targets of each sequence, in order."""
+
+
+@dataclass(slots=True)
+class Worker:
+    """Everything that dumping a shard needs. ``on_progress(positions, fraction of the shard)`` is called after each batch.
+
+    Attributes:
+        store: Where the cache is.
+        plan: Its plan.
+        rows: The whole corpus.
+        tokenizer: The teacher's.
+        engine: The teacher.
+        head_digest: Of the output head in ``tables/``, for hidden states.
+        offset: Where this worker begins in the list of shards, so that several do not start at the same one.
+        should_stop: Asked between shards.
+        on_progress: Told after each batch.
+        on_committed: Told after each commit of this worker.
+    """
+
+    store: LocalStore
+    plan: Plan
+    rows: Dataset
+    tokenizer: PreTrainedTokenizerBase
+    engine: Engine
+    head_digest: str | None = None
+    offset: float = 0.0
+    should_stop: Callable[[], bool] = lambda: False
+    on_progress: Callable[[int, float], None] = lambda positions, fraction: None
+    on_committed: Callable[[], None] = lambda: None
+    counts: CorpusCounts = field(default_factory=CorpusCounts)
+    _pending: Future[None] | None = None
+    _executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "kdcache-writer"))
+
+    def work(self) -> None:
+        """Dump shards until all are committed or someone asks to stop.
+
+        While the last shards are in other hands, waits for them: if their worker dies its lease goes stale, and the shard
+        is done here.
+        """
+        try:
+            while not self.should_stop():
+                todo = self._todo()
+                if not todo:
+                    break
+                lease = next((lease for shard in todo if (lease := claim(self.store, shard))), None)
+                if lease is None:
+                    self._drain()
+                    time.sleep(POLL_SECONDS)
+                elif lease.shard in committed_shards(self.store):
+                    lease.release()
+                else:
+                    self.dump_shard(lease)
+            self._drain()
+        finally:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def dump_shard(self, lease: Lease) -> None:
+        """Dump one shard; its last batch and its commit are finished in the background."""
+        started, splits_before = time.monotonic(), self.engine.num_splits
+        spec, shard = self.plan.spec, lease.shard
+        rows = (self.rows[i] for i in spec.rows(shard))
+        sequences = make_sequences(rows, spec.corpus, self.tokenizer, self.counts)
+        frames: dict[int, dict[str, bytes]] = {}
+        stats = _Sums()
+        codec = spec.make_codec()
+
+        def encode(indices: Sequence[int], batch: list[SparseTargets]) -> None:
+            for index, targets in zip(indices, batch, strict=True):
+                where = f"shard {shard:05d}, sequence {index}"
+                check_alignment(sequences[index], targets, where, np.full(len(targets), 1e-3, dtype=np.float32))
+                frames[index] = codec.encode(targets)
+                stats.add(index, sequences[index], targets)
+
+        def finish() -> None:
+            builder = ShardBuilder(codec, self.plan.fingerprint, shard)
+            for index, sequence in enumerate(sequences):
+                builder.add_frames(sequence, frames[index])
+            commit_shard(
+                self.store, self.plan, shard, memoryview(builder.finish()), stats.total(),
+                worker=f"{hostname()}:{os.getpid()}", seconds=time.monotonic() - started,
+                batch_splits=self.engine.num_splits - splits_before, head_digest=self.head_digest,
+            )  # fmt: skip
+            lease.release()
+            self.on_committed()
+
+        batches = plan_batches([len(sequence) for sequence in sequences], spec.compute.batch_tokens)
+        for number, indices in enumerate(batches, start=1):
+            lease.renew()
+            batch = [sequences[i] for i in indices]
+            try:
+                targets = self.engine.run(batch)
+            except TeacherOutputError as error:
+                raise self._name_culprit(shard, indices, batch, error) from error
+            self._submit(partial(encode, indices, targets))
+            self.on_progress(sum(len(sequence) for sequence in batch), number / len(batches))
+        self._submit(finish)
+
+    def _todo(self) -> list[int]:
+        done = committed_shards(self.store)
+        todo = [shard for shard in range(self.plan.spec.num_shards) if shard not in done]
+        first = int(self.offset * len(todo))
+        return todo[first:] + todo[:first]
+
+    def _submit(self, job: Callable[[], None]) -> None:
+        self._drain()
+        self._pending = self._executor.submit(job)
+
+    def _drain(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _name_culprit(
+        self, shard: int, indices: Sequence[int], batch: list[TokenSequence], error: TeacherOutputError
+    ) -> KDCacheError:
+        """Find the sequence whose logits are not finite, by running each alone."""
+        for index, sequence in zip(indices, batch, strict=True):
+            try:
+                self.engine.run([sequence])
+            except TeacherOutputError as alone:
+                return TeacherOutputError(
+                    f"shard {shard:05d}, sequence {index} (id {sequence_id(shard, index)}, rows "
+                    f"{self.plan.spec.rows(shard)}): {alone.message}",
+                    hint="try --dtype float32 or bfloat16; nothing of this shard was kept",
+                )
+        return TeacherOutputError(f"shard {shard:05d}: {error.message}, in a batch but in none of its sequences alone")
+
+
+class _Sums:
+    """Statistics of a shard, summed in the order of its sequences whatever the order of batches."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, tuple[int, int, int, float, float, float]] = {}
+
+    def add(self, index: int, sequence: TokenSequence, targets: SparseTargets) -> None:
+        self._rows[index] = (
+            len(sequence),
+            len(targets),
+            len(targets.token_ids),
+            float(np.exp(targets.tail_logprobs[:, 0].astype(np.float64)).sum()),
+            float(targets.entropy.sum(dtype=np.float64)),
+            float(-targets.label_logprobs.sum(dtype=np.float64)),
+        )
+
+    def total(self) -> ShardStats:
+        columns = list(zip(*(self._rows[index] for index in sorted(self._rows)), strict=True)) or [()] * 6
+        return ShardStats(
+            num_sequences=len(self._rows),
+            num_positions=sum(columns[0]),
+            num_targets=sum(columns[1]),
+            num_entries=sum(columns[2]),
+            sum_tail_mass=sum(columns[3]),
+            sum_entropy=sum(columns[4]),
+            sum_label_nll=sum(columns[5]),
+        )
+
+
+def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Sequence numbers by batch, longest first, padded size at most ``batch_tokens`` (or one sequence)."""
+    batches: list[list[int]] = []
+    width = 0
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not batches or (len(batches[-1]) + 1) * width > batch_tokens:
+            batches.append([])
+            width = lengths[index]
+        batches[-1].append(index)
+    return batches

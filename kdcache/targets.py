@@ -1,0 +1,213 @@
+"""What a teacher said about one sequence of tokens. numpy only; every other file refers to this one.
+
+**The alignment rule, stated once.** Row ``t`` of the targets is the teacher's distribution over the token at ``t + 1``,
+given tokens ``0..t`` of the same document. It pairs with the student's logits at ``t`` and with the label
+``input_ids[t + 1]``. The mask is the label's: row ``t`` exists exactly when ``loss_mask[t + 1]`` is set. The last position
+of a sequence has no target, and neither has the last position of a document inside a packed sequence, because the first
+token of a document is never a label.
+
+**The truncation.** A row keeps some entries (token id, logprob) and one number for all the rest, the tail. Logprobs are
+normalised over the whole vocabulary, so entries and tail together are a distribution over ``K + 1`` buckets.
+
+**Temperature.** ``softmax(z / T)`` is not computable from a truncated ``softmax(z)``: what the entries leave out at T = 2
+is often most of the mass. So the tail is measured at every declared temperature when the logits are at hand, and
+:meth:`SparseTargets.at_temperature` refuses any other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kdcache.errors import CacheMismatchError, ConfigError
+
+UIntArray = npt.NDArray[np.uint32]
+FloatArray = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenSequence:
+    """Token ids of one sequence: one document, or several packed one after the other.
+
+    Attributes:
+        input_ids: ``[T]`` uint32.
+        loss_mask: ``[T]`` bool, of labels: True where the token is to be learned. False at every document start.
+        document_starts: ``[num_documents]`` uint32, ascending, the first is 0. Attention never crosses a start.
+    """
+
+    input_ids: UIntArray
+    loss_mask: BoolArray
+    document_starts: UIntArray
+
+    def __post_init__(self) -> None:
+        starts = self.document_starts
+        assert len(self.input_ids) == len(self.loss_mask) > 0, "one mask bit a token, at least one token"
+        assert len(starts) > 0 and starts[0] == 0 and (np.diff(starts.astype(np.int64)) > 0).all(), (
+            "starts ascend from 0"
+        )
+        assert starts[-1] < len(self.input_ids), "every document has a token"
+        assert not self.loss_mask[starts].any(), "the first token of a document is never a label"
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def target_mask(self) -> BoolArray:
+        """``[T]`` bool: where row ``t`` has a target, i.e. ``loss_mask`` shifted by one (the alignment rule)."""
+        mask = np.zeros(len(self), dtype=bool)
+        mask[:-1] = self.loss_mask[1:]
+        return mask
+
+    @property
+    def position_ids(self) -> UIntArray:
+        """``[T]`` uint32: positions counted from the start of each document."""
+        index = np.arange(len(self), dtype=np.uint32)
+        which = np.searchsorted(self.document_starts, index, side="right") - 1
+        return index - self.document_starts[which]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SparseTargets:
+    """What the teacher said at the N valid positions of a sequence, see the module docstring for the alignment.
+
+    N counts the set bits of ``TokenSequence.target_mask``, in order; E counts all kept entries.
+
+    Attributes:
+        temperatures: The declared temperatures; the first is 1.
+        num_entries: ``[N]`` uint32, entries kept at each position.
+        token_ids: ``[E]`` uint32, ascending and without repeats inside a position.
+        logprobs: ``[E]`` float32, nats, at T = 1, normalised over the whole vocabulary.
+        tail_logprobs: ``[N, num_temperatures]`` float32, nats: log of the mass that the entries leave out. ``-inf`` where
+            they leave out nothing.
+        logz: ``[N]`` float32, logsumexp of the teacher's raw logits at T = 1.
+        label_logprobs: ``[N]`` float32, the teacher's logprob of the label at T = 1: the witness of alignment.
+        entropy: ``[N]`` float32, nats, of the full distribution at T = 1.
+        hidden: ``[N, D]`` float32, the last hidden state, for the lossless ``hidden`` scheme; else None.
+    """
+
+    temperatures: tuple[float, ...]
+    num_entries: UIntArray
+    token_ids: UIntArray
+    logprobs: FloatArray
+    tail_logprobs: FloatArray
+    logz: FloatArray
+    label_logprobs: FloatArray
+    entropy: FloatArray
+    hidden: FloatArray | None = None
+
+    def __post_init__(self) -> None:
+        n, num_kept = len(self.num_entries), int(self.num_entries.sum(dtype=np.int64))
+        assert self.temperatures and self.temperatures[0] == 1.0, "the first temperature is 1"
+        assert self.token_ids.shape == self.logprobs.shape == (num_kept,), "num_entries sums to the entries"
+        assert self.tail_logprobs.shape == (n, len(self.temperatures)), "a tail for each position and temperature"
+        assert self.logz.shape == self.label_logprobs.shape == self.entropy.shape == (n,)
+        assert self.hidden is None or self.hidden.shape[0] == n
+
+    def __len__(self) -> int:
+        return len(self.num_entries)
+
+    @property
+    def offsets(self) -> npt.NDArray[np.int64]:
+        """``[N + 1]`` int64: the entries of position ``n`` are ``offsets[n]:offsets[n + 1]``."""
+        return np.concatenate([[0], np.cumsum(self.num_entries, dtype=np.int64)])
+
+    def tail_at(self, temperature: float) -> FloatArray:
+        """``[N]`` log tail mass at a declared temperature.
+
+        Raises:
+            ConfigError: The temperature is not declared.
+        """
+        return self.tail_logprobs[:, temperature_index(self.temperatures, temperature)]
+
+    def at_temperature(self, temperature: float) -> tuple[FloatArray, FloatArray]:
+        """Logprobs of the entries and of the tail under ``softmax(z / T)``, exact at every declared temperature.
+
+        Equals, per position: ``log_softmax(logprobs / T) + log(1 - exp(tail_T))`` and ``tail_T``.
+
+        Returns:
+            ``[E]`` and ``[N]`` float32, nats.
+
+        Raises:
+            ConfigError: The temperature is not declared.
+        """
+        tail = self.tail_at(temperature)
+        return rescale_entries(self.logprobs / np.float32(temperature), tail, self.num_entries), tail
+
+
+def rescale_entries(scores: FloatArray, tail_logprobs: FloatArray, num_entries: UIntArray) -> FloatArray:
+    """Normalise entries so that together with the tail they have mass one: ``log_softmax(scores) + log(1 - tail)``.
+
+    Computed in float64 from the masses themselves, and ``log(1 - tail)`` with ``expm1``, so that neither a tail of 1e-30
+    nor one of 0.999999 loses digits.
+
+    Args:
+        scores: ``[E]`` unnormalised log-scores, a run of ``num_entries[n]`` for each position.
+        tail_logprobs: ``[N]``.
+        num_entries: ``[N]``.
+    """
+    kept = num_entries > 0
+    out = np.empty(len(scores), dtype=np.float32)
+    if not kept.any():
+        return out
+    counts = num_entries[kept].astype(np.int64)
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    top = np.maximum.reduceat(scores, starts).astype(np.float64)
+    shifted = scores.astype(np.float64) - np.repeat(top, counts)
+    log_sum = np.log(np.add.reduceat(np.exp(shifted), starts))
+    with np.errstate(divide="ignore"):
+        log_head = np.log(-np.expm1(tail_logprobs[kept].astype(np.float64)))
+    return (shifted - np.repeat(log_sum - log_head, counts)).astype(np.float32)
+
+
+def temperature_index(temperatures: tuple[float, ...], temperature: float) -> int:
+    """Where a declared temperature stands.
+
+    Raises:
+        ConfigError: It is not declared; names those that are.
+    """
+    if temperature in temperatures:
+        return temperatures.index(temperature)
+    known = ", ".join(f"{t:g}" for t in temperatures)
+    raise ConfigError(
+        f"temperature {temperature:g} is not declared by the cache; declared are {known}",
+        hint=f"train with one of {known}, or dump again with --temperatures 1,...,{temperature:g}: the tail mass at "
+        "another temperature cannot be computed from truncated targets",
+    )
+
+
+def check_alignment(sequence: TokenSequence, targets: SparseTargets, where: str, tolerance: FloatArray) -> None:
+    """Hold the label's stored logprob against the entry of the same token: off-by-one targets cannot pass.
+
+    Args:
+        sequence: The tokens.
+        targets: The targets said to belong to them.
+        where: Names the sequence in the message.
+        tolerance: ``[N]`` largest honest difference in nats, from the codec's declared error.
+
+    Raises:
+        CacheMismatchError: Targets and tokens do not belong together.
+    """
+    mask = sequence.target_mask
+    if int(mask.sum()) != len(targets):
+        raise CacheMismatchError(
+            f"{where}: {int(mask.sum())} positions have a label, but there are {len(targets)} targets"
+        )
+    labels = sequence.input_ids[1:][mask[:-1]]
+    position = np.repeat(np.arange(len(targets)), targets.num_entries)
+    hit = targets.token_ids == labels[position]
+    wrong = np.abs(targets.logprobs[hit] - targets.label_logprobs[position[hit]]) > tolerance[position[hit]]
+    outside = np.ones(len(targets), dtype=bool)
+    outside[position[hit]] = False
+    tail = targets.tail_logprobs[:, 0]
+    impossible = outside & (targets.num_entries > 0) & (targets.label_logprobs > tail + tolerance)
+    if wrong.any() or impossible.any():
+        first = min([*position[hit][wrong], *np.flatnonzero(impossible)])
+        raise CacheMismatchError(
+            f"{where}: targets and tokens are not aligned: at target {first} of {len(targets)} the label {labels[first]} has "
+            f"another logprob among the entries than the one stored for it "
+            f"({int(wrong.sum() + impossible.sum())} positions disagree)",
+            hint="targets row t must be the distribution over the token at t + 1; dump this shard again",
+        )
