@@ -56,7 +56,7 @@ def resolve_options(kind: type[OptionsT], command: str, flags: Mapping[str, Any]
     """
     values = {} if config is None else read_section(config, command)
     values |= {name: value for name, value in flags.items() if value is not None}
-    known = list(kind.model_fields)
+    known = [field.alias or name for name, field in kind.model_fields.items()]
     for name in values:
         if name not in known:
             raise ConfigError(
@@ -83,12 +83,14 @@ def read_section(config: str, command: str) -> dict[str, Any]:
         raise ConfigError(f"config file {config}: {error.strerror}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"config file {config}: not YAML ({error})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config file {config}: not text ({error})") from error
+    if isinstance(raw, dict) and command in raw:
+        raw = raw[command] or {}
+    elif isinstance(raw, dict) and any(isinstance(value, dict) and "-" in str(key) for key, value in raw.items()):
+        raw = {}  # a story of several commands that leaves this one at its defaults
     if not isinstance(raw, dict):
         raise ConfigError(f"config file {config}: a mapping of option names was expected, found {type(raw).__name__}")
-    if command in raw:
-        raw = raw[command] or {}
-    elif any(isinstance(value, dict) and "-" in key for key, value in raw.items()):
-        raw = {}  # a story of several commands that leaves this one at its defaults
     return {str(name).replace("-", "_"): value for name, value in raw.items()}
 
 
@@ -99,14 +101,14 @@ def provenance(command: str, options: BaseModel, device: str) -> dict[str, Any]:
         "argv": sys.argv,
         "device": device,
         "versions": library_versions(),
-        "options": options.model_dump(mode="json"),
+        "options": options.model_dump(mode="json", by_alias=True),
     }
 
 
 def write_provenance(folder: Path, name: str, command: str, options: BaseModel, device: str) -> None:
     """Write ``<name>.yaml`` (a config file that repeats the run) and ``<name>.provenance.json`` into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    resolved = {command: options.model_dump(mode="json", exclude_none=True)}
+    resolved = {command: options.model_dump(mode="json", exclude_none=True, by_alias=True)}
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
     (folder / f"{name}.provenance.json").write_text(json.dumps(provenance(command, options, device), indent=2) + "\n")
 

@@ -176,7 +176,7 @@ def load_model(
         arguments |= _dequantized()
     if device_map is not None:
         arguments["device_map"] = device_map
-    with _load_errors(source), _quiet_progress():
+    with _load_errors(source), quiet_progress():
         model = AutoModelForCausalLM.from_pretrained(
             source.folder_or_name, trust_remote_code=trust_remote_code, **arguments
         )
@@ -187,7 +187,7 @@ def load_model(
         del model.config.quantization_config
         model.hf_quantizer = None
         model.is_quantized = False
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -195,7 +195,7 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> P
     from transformers import AutoTokenizer
 
     with _load_errors(source):
-        return AutoTokenizer.from_pretrained(  # type: ignore[no-any-return]
+        return AutoTokenizer.from_pretrained(
             source.folder_or_name, trust_remote_code=trust_remote_code, **source.load_arguments
         )
 
@@ -228,7 +228,7 @@ class _load_errors:
             raise ModelError(f"model {self.source.name}: cannot be loaded: {first}") from error
 
 
-class _quiet_progress:
+class quiet_progress:
     """Hold back transformers' own progress bars: kdcache shows one of its own."""
 
     def __enter__(self) -> None:
@@ -296,7 +296,7 @@ class OutputHead:
         tensors["scale"] = torch.tensor([self.scale], dtype=torch.float64)
         if self.softcap is not None:
             tensors["softcap"] = torch.tensor([self.softcap], dtype=torch.float64)
-        return safetensors.torch.save(tensors)
+        return bytes(safetensors.torch.save(tensors))
 
     @staticmethod
     def from_bytes(data: bytes) -> OutputHead:
@@ -315,7 +315,7 @@ def trunk_of(model: PreTrainedModel) -> torch.nn.Module:
     trunk = getattr(model, model.base_model_prefix, None)
     if trunk is None or trunk is model:
         raise ModelError(f"{type(model).__name__} has no trunk apart from its output head")
-    return trunk  # type: ignore[no-any-return]
+    return trunk
 
 
 def head_of(model: PreTrainedModel) -> OutputHead:
@@ -341,7 +341,7 @@ def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor, position_ids:
     the documents apart.
     """
     out = trunk_of(model)(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-    return out.last_hidden_state  # type: ignore[no-any-return]
+    return out.last_hidden_state
 
 
 def split_is_exact(model: PreTrainedModel) -> bool:

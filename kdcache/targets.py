@@ -120,7 +120,8 @@ class SparseTargets:
         Raises:
             ConfigError: The temperature is not declared.
         """
-        return self.tail_logprobs[:, temperature_index(self.temperatures, temperature)]
+        tail: FloatArray = self.tail_logprobs[:, temperature_index(self.temperatures, temperature)]
+        return tail
 
     def at_temperature(self, temperature: float) -> tuple[FloatArray, FloatArray]:
         """Logprobs of the entries and of the tail under ``softmax(z / T)``, exact at every declared temperature.
@@ -198,7 +199,8 @@ def check_alignment(sequence: TokenSequence, targets: SparseTargets, where: str,
     labels = sequence.input_ids[1:][mask[:-1]]
     position = np.repeat(np.arange(len(targets)), targets.num_entries)
     hit = targets.token_ids == labels[position]
-    wrong = np.abs(targets.logprobs[hit] - targets.label_logprobs[position[hit]]) > tolerance[position[hit]]
+    near = np.abs(targets.logprobs[hit] - targets.label_logprobs[position[hit]]) <= tolerance[position[hit]]
+    wrong = ~near  # so that NaN is wrong
     outside = np.ones(len(targets), dtype=bool)
     outside[position[hit]] = False
     tail = targets.tail_logprobs[:, 0]

@@ -24,18 +24,23 @@ import numpy as np
 import numpy.typing as npt
 
 from kdcache.cache.frames import compress, read_array
-from kdcache.errors import CacheCorruptError, ConfigError
+from kdcache.errors import CacheCorruptError, ConfigError, TeacherOutputError
 from kdcache.targets import FloatArray, SparseTargets, UIntArray, rescale_entries
 
 CodecName = Literal["exact", "packed"]
 Frames = Mapping[str, bytes | memoryview]
 
+# The largest logprob that rounding of float32 can give.
+MAX_LOGPROB = 1e-4
 # packed: levels of -logprob. Growth 0.3 keeps the error of a probability nearly even at T = 1 and T = 2.
 LEVEL_GROWTH = 0.3
 LEVEL_MAX_STEP = 1.0
-# packed: a tail is one byte of log-odds in sixteenths; 0 says that there is no tail.
-TAIL_STEP = 1 / 16
-TAIL_LOWEST_T1, TAIL_LOWEST = -12.0, -8.0
+# packed: a tail is one byte of log-odds; 0 says that there is no tail. Steps are fine where tail and head are both large,
+# and reach far enough for a teacher that knows nothing (a few entries of 2^20 equal ones).
+TAIL_LOG_ODDS = np.concatenate([np.arange(-12, -6, 1 / 4), np.arange(-6, 3, 1 / 16), 3 + np.arange(87) / 8])
+TAIL_ERROR = 1 / 16
+# packed: logz is a float16.
+LARGEST_LOGZ = 65504
 # packed: gaps below SMALL take one byte, others a byte and a low byte, those past the escape four bytes more.
 GAP_SMALL, GAP_ESCAPE = 60, 255
 
@@ -70,7 +75,11 @@ class CompactTargets:
 
     def expand(self, temperatures: tuple[float, ...]) -> SparseTargets:
         """Integers to logprobs, the plain numpy form of what ``kdcache.train`` does on the device."""
-        tails = self.tails if self.tail_table is None else np.take_along_axis(self.tail_table.T, self.tails, axis=0)
+        tails = (
+            self.tails
+            if self.tail_table is None
+            else np.take_along_axis(self.tail_table.T, self.tails.astype(np.intp), axis=0)
+        )
         tails = np.asarray(tails, dtype=np.float32)
         if self.value_table is None:
             logprobs = np.asarray(self.values, dtype=np.float32)
@@ -110,14 +119,32 @@ class Codec:
 
         Raises:
             ConfigError: The codec cannot hold these values within its bound.
+            TeacherOutputError: A value is NaN or infinite.
         """
         if targets.temperatures != self.temperatures:
             raise ValueError(f"targets declare temperatures {targets.temperatures}, the codec {self.temperatures}")
+        self._check_storable(targets)
         arrays = _ENCODERS[self.name](self, targets)
         if self.hidden_size:
             assert targets.hidden is not None, "the hidden scheme stores hidden states"
             arrays["hidden"] = float_to_bfloat16(targets.hidden) if self.hidden_dtype == "bfloat16" else targets.hidden
         return {name: compress(array) for name, array in arrays.items()}
+
+    def _check_storable(self, targets: SparseTargets) -> None:
+        """Refuse to write what :meth:`decode` would refuse to read."""
+        if len(targets.token_ids) and int(targets.token_ids.max()) >= self.vocab_size:
+            raise ValueError(f"token id {targets.token_ids.max()} in a vocabulary of {self.vocab_size}")
+        if int(targets.num_entries.max(initial=0)) > self.max_entries:
+            raise ValueError(
+                f"{targets.num_entries.max()} entries at a position, at most {self.max_entries} were declared"
+            )
+        if (
+            not _all_logprobs(targets.logprobs, targets.label_logprobs)
+            or not (targets.tail_logprobs <= MAX_LOGPROB).all()
+        ):
+            raise TeacherOutputError("a logprob that is not finite and at most 0 cannot be stored")
+        if not (np.isfinite(targets.logz).all() and np.isfinite(targets.entropy).all()):
+            raise TeacherOutputError("a log-normaliser or an entropy that is not finite cannot be stored")
 
     def decode(self, frames: Frames, num_targets: int, where: str) -> CompactTargets:
         """Undo :meth:`encode`.
@@ -147,14 +174,19 @@ class Codec:
         """Largest difference in nats between a stored and a true logprob, for each of ``logprobs``.
 
         exact: rounding of float32. packed: a step and a half of the level (half a step of rounding, one more where an entry
-        had to make room so that the teacher's first choice stays first), and what rescaling all K entries together can
-        shift, at most ``1.5 step K^growth``, because the rounding error of probability p is below ``step p^(1 - growth)``.
+        had to make room so that the teacher's first choice stays first); what rescaling all K entries of mass M together
+        can shift, at most ``0.65 step (K / M)^growth`` by Hoelder's inequality, with M no less than the entry itself; and
+        the tail's own error.
         """
         if self.name == "exact":
             return np.full_like(logprobs, 1e-5)
         step = np.minimum(self.step * np.exp(LEVEL_GROWTH * (-logprobs + LEVEL_MAX_STEP)), LEVEL_MAX_STEP)
-        shift = 1.5 * self.step * self.max_entries**LEVEL_GROWTH + TAIL_STEP
-        return (1.5 * step + shift).astype(np.float32)
+        shift = 0.65 * np.minimum(self.step * (self.max_entries * np.exp(-logprobs)) ** LEVEL_GROWTH, LEVEL_MAX_STEP)
+        return (1.5 * step + shift + TAIL_ERROR).astype(np.float32)
+
+    def tables(self) -> tuple[FloatArray | None, FloatArray | None]:
+        """Value table ``[256]`` and tail table ``[num_temperatures, 256]`` of this codec's compact targets, or None."""
+        return (-self._levels(), self._tail_table()) if self.name == "packed" else (None, None)
 
     def _levels(self) -> FloatArray:
         """``[256]``: -logprob of each level."""
@@ -165,12 +197,8 @@ class Codec:
 
     def _tail_table(self) -> FloatArray:
         """``[num_temperatures, 256]``: log tail mass of each code."""
-        log_odds = np.arange(255) * TAIL_STEP
-        rows = [
-            np.concatenate([[-np.inf], -np.logaddexp(0, -(log_odds + lowest))])
-            for lowest in [TAIL_LOWEST_T1] + [TAIL_LOWEST] * (len(self.temperatures) - 1)
-        ]
-        return np.stack(rows).astype(np.float32)
+        row = np.concatenate([[-np.inf], -np.logaddexp(0, -TAIL_LOG_ODDS)]).astype(np.float32)
+        return np.tile(row, (len(self.temperatures), 1))
 
     def _entropy_step(self) -> float:
         return math.log(self.vocab_size) / 255
@@ -198,9 +226,12 @@ def _decode_exact(codec: Codec, frames: Frames, n: int, where: str) -> CompactTa
     num_entries = _read_num_entries(codec, frames, n, where, np.uint32)
     total = int(num_entries.sum(dtype=np.int64))
     tails = floats("tails", n * len(codec.temperatures)).reshape(n, len(codec.temperatures))
-    logprobs = floats("logprobs", total)
-    if not np.isfinite(logprobs).all() or (logprobs > 1e-4).any() or not (tails <= 1e-4).all():
+    logprobs, label_logprobs = floats("logprobs", total), floats("label_logprobs", n)
+    logz, entropy = floats("logz", n), floats("entropy", n)
+    if not _all_logprobs(logprobs, label_logprobs) or not (tails <= MAX_LOGPROB).all():
         raise CacheCorruptError(f"{where}: a logprob that is not finite and at most 0")
+    if not (np.isfinite(logz).all() and np.isfinite(entropy).all()):
+        raise CacheCorruptError(f"{where}: a log-normaliser or an entropy that is not finite")
     return CompactTargets(
         num_entries=num_entries,
         token_ids=cast(UIntArray, read_array(frames["token_ids"], np.uint32, what=f"{where}, token_ids", count=total)),
@@ -208,9 +239,9 @@ def _decode_exact(codec: Codec, frames: Frames, n: int, where: str) -> CompactTa
         value_table=None,
         tails=tails,
         tail_table=None,
-        logz=floats("logz", n),
-        label_logprobs=floats("label_logprobs", n),
-        entropy=floats("entropy", n),
+        logz=logz,
+        label_logprobs=label_logprobs,
+        entropy=entropy,
         hidden=_read_hidden(codec, frames, n, where),
     )
 
@@ -219,6 +250,11 @@ def _decode_exact(codec: Codec, frames: Frames, n: int, where: str) -> CompactTa
 
 
 def _encode_packed(codec: Codec, targets: SparseTargets) -> dict[str, npt.NDArray[Any]]:
+    if (np.abs(targets.logz) > LARGEST_LOGZ).any():
+        raise ConfigError(
+            f"codec packed holds log-normalisers up to {LARGEST_LOGZ}, found {np.abs(targets.logz).max():.0f}",
+            hint="dump with --codec exact",
+        )
     order = _column_order(targets.num_entries)
     symbols, low, escapes = _encode_gaps(_gaps(targets)[order])
     levels, lowest = _quantise(codec, targets)
@@ -230,7 +266,7 @@ def _encode_packed(codec: Codec, targets: SparseTargets) -> dict[str, npt.NDArra
         "id_escapes": escapes,
         "levels": levels[order],
         "lowest_level": lowest,
-        "tails": _encode_tails(codec, targets.tail_logprobs),
+        "tails": _encode_tails(targets.tail_logprobs),
         "logz": _byte_planes(targets.logz.astype(np.float16)),
         "label_levels": _nearest(table, -targets.label_logprobs),
         "entropy": np.clip(np.rint(targets.entropy / codec._entropy_step()), 0, 255).astype(np.uint8),
@@ -253,6 +289,9 @@ def _decode_packed(codec: Codec, frames: Frames, n: int, where: str) -> CompactT
     lowest = read("lowest_level", n)
     below = np.empty(total, dtype=np.uint8)
     below[order] = read("levels", total)
+    logz = _join_planes(read("logz", 2 * n)).astype(np.float32)
+    if not np.isfinite(logz).all():
+        raise CacheCorruptError(f"{where}, logz: a log-normaliser that is not finite")
     ceiling = np.repeat(lowest, num_entries)
     if (below > ceiling).any():
         raise CacheCorruptError(f"{where}, levels: a level below zero")
@@ -265,7 +304,7 @@ def _decode_packed(codec: Codec, frames: Frames, n: int, where: str) -> CompactT
         value_table=-table,
         tails=read("tails", n * num_temperatures).reshape(num_temperatures, n).T,
         tail_table=codec._tail_table(),
-        logz=_join_planes(read("logz", 2 * n)).astype(np.float32),
+        logz=logz,
         label_logprobs=-table[read("label_levels", n)],
         entropy=(read("entropy", n) * codec._entropy_step()).astype(np.float32),
         hidden=_read_hidden(codec, frames, n, where),
@@ -326,7 +365,7 @@ def _decode_gaps(
     return gaps
 
 
-def _nearest(levels: FloatArray, values: FloatArray) -> npt.NDArray[np.uint8]:
+def _nearest(levels: npt.NDArray[np.floating], values: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
     middles = (levels[1:] + levels[:-1]) / 2
     return np.searchsorted(middles, values).astype(np.uint8)
 
@@ -353,14 +392,12 @@ def _quantise(codec: Codec, targets: SparseTargets) -> tuple[npt.NDArray[np.uint
     return (np.repeat(lowest, targets.num_entries) - level).astype(np.uint8), lowest
 
 
-def _encode_tails(codec: Codec, tail_logprobs: FloatArray) -> npt.NDArray[np.uint8]:
+def _encode_tails(tail_logprobs: FloatArray) -> npt.NDArray[np.uint8]:
     """``[num_temperatures, N]``, temperature by temperature."""
     tail = np.minimum(tail_logprobs.T.astype(np.float64), -1e-12)
     with np.errstate(divide="ignore"):
         log_odds = tail - np.log(-np.expm1(tail))
-    lowest = np.array([TAIL_LOWEST_T1] + [TAIL_LOWEST] * (len(codec.temperatures) - 1))[:, None]
-    codes = np.clip(np.rint((log_odds - lowest) / TAIL_STEP) + 1, 1, 255)
-    return np.where(np.isneginf(tail_logprobs.T), 0, codes).astype(np.uint8)
+    return np.where(np.isneginf(tail_logprobs.T), 0, _nearest(TAIL_LOG_ODDS, log_odds) + 1).astype(np.uint8)
 
 
 def _byte_planes(array: npt.NDArray[np.float16]) -> npt.NDArray[np.uint8]:
@@ -372,6 +409,10 @@ def _join_planes(planes: npt.NDArray[np.uint8]) -> npt.NDArray[np.float16]:
 
 
 # --- shared -----------------------------------------------------------------------------------------------------------
+
+
+def _all_logprobs(*arrays: FloatArray) -> bool:
+    return all(bool(np.isfinite(array).all() and (array <= MAX_LOGPROB).all()) for array in arrays)
 
 
 def _read_num_entries(codec: Codec, frames: Frames, n: int, where: str, dtype: npt.DTypeLike) -> UIntArray:

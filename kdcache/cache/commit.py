@@ -106,11 +106,21 @@ def read_commits(store: LocalStore) -> list[Commit]:
         match = _COMMIT_NAME.fullmatch(name)
         if not match:
             continue
-        commit = parse(Commit, store.read(f"{COMMITS}/{name}"), f"{store}/{COMMITS}/{name}")
-        if commit.shard != int(match[1]):
-            raise CacheMismatchError(f"{store}/{COMMITS}/{name} commits shard {commit.shard:05d}")
-        commits.append(commit)
+        if name != f"{int(match[1]):05d}.json":
+            raise CacheMismatchError(
+                f"{store}/{COMMITS}/{name}: a shard's commit stands at {commit_name(int(match[1]))}"
+            )
+        commits.append(read_commit(store, int(match[1])))
     return sorted(commits, key=lambda commit: commit.shard)
+
+
+def read_commit(store: LocalStore, shard: int) -> Commit:
+    """The commit of one shard."""
+    name = commit_name(shard)
+    commit = parse(Commit, store.read(name), f"{store}/{name}")
+    if commit.shard != shard:
+        raise CacheMismatchError(f"{store}/{name} commits shard {commit.shard:05d}")
+    return commit
 
 
 def committed_shards(store: LocalStore) -> set[int]:
@@ -150,7 +160,10 @@ def commit_shard(
         seconds=round(seconds, 3),
         batch_splits=batch_splits,
     )
-    return store.put_if_absent(commit_name(shard), to_json(commit))
+    won = store.put_if_absent(commit_name(shard), to_json(commit))
+    if not won and read_commit(store, shard).digest != commit.digest:
+        store.delete(name)
+    return won
 
 
 @dataclass(slots=True)
@@ -212,7 +225,7 @@ def current_manifest(store: LocalStore) -> Manifest:
     plan = read_plan(store)
     if store.exists(MANIFEST):
         manifest = parse(Manifest, store.read(MANIFEST), f"{store}/{MANIFEST}")
-        if manifest.fingerprint != plan.fingerprint:
+        if manifest.fingerprint != plan.fingerprint or manifest.spec != plan.spec:
             raise CacheMismatchError(
                 f"{store}: plan {plan.fingerprint} and manifest {manifest.fingerprint} belong to two caches"
             )

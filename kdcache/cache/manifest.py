@@ -13,14 +13,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kdcache.cache.codec import Codec
-from kdcache.errors import CacheFormatError, CacheMismatchError
+from kdcache.errors import CacheCorruptError, CacheFormatError, CacheMismatchError
 
 FORMAT_VERSION = 1
+RECORD_DIGEST = "record_digest"
 # Recorded in the spec, but not part of what it is.
 NAMES_ONLY = ("teacher.name", "corpus.dataset")
 
@@ -78,6 +79,12 @@ class TargetSpec(_Record):
     k: Annotated[int, Field(ge=0, le=1 << 20)]
     temperatures: Annotated[tuple[Annotated[float, Field(gt=0, le=1000)], ...], Field(min_length=1, max_length=16)]
 
+    @model_validator(mode="after")
+    def _first_is_one(self) -> Self:
+        if self.temperatures[0] != 1.0 or len(set(self.temperatures)) < len(self.temperatures):
+            raise ValueError("temperatures begin with 1 and do not repeat")
+        return self
+
 
 class CodecSpec(_Record):
     """How targets are stored; with teacher and targets it gives a :class:`~kdcache.cache.codec.Codec`."""
@@ -114,7 +121,7 @@ class CacheSpec(_Record):
     @property
     def fingerprint(self) -> str:
         """Hash of :meth:`fields`: 32 hex digits of SHA-256."""
-        return hashlib.sha256(canonical_json(self.fields())).hexdigest()[:32]
+        return _hash(canonical_json(self.fields()))
 
     @property
     def num_shards(self) -> int:
@@ -187,6 +194,12 @@ class ShardTable(_Record):
     num_bytes: list[Positive]
     num_sequences: list[Count]
 
+    @model_validator(mode="after")
+    def _columns_agree(self) -> Self:
+        if not len(self.shard) == len(self.digest) == len(self.num_bytes) == len(self.num_sequences):
+            raise ValueError("columns have one length")
+        return self
+
 
 class Manifest(_Record):
     """``manifest.json``: plan and commits reduced to one file. Derived, never accumulated; without who and when."""
@@ -252,9 +265,14 @@ def canonical_json(value: Any) -> bytes:
 
 
 def to_json(record: BaseModel) -> bytes:
-    """Readable and canonical: sorted keys, two spaces."""
-    text = json.dumps(record.model_dump(mode="json"), sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
-    return text.encode() + b"\n"
+    """Readable and canonical: sorted keys, two spaces, and a digest of the rest so that no flipped bit passes."""
+    return signed_json(record.model_dump(mode="json"))
+
+
+def signed_json(fields: dict[str, Any]) -> bytes:
+    """The file of a record with these fields: they and ``record_digest``, the hash of their canonical JSON."""
+    signed = {**fields, RECORD_DIGEST: _hash(canonical_json(fields))}
+    return json.dumps(signed, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 def parse(kind: type[RecordT], data: bytes, where: str) -> RecordT:
@@ -262,10 +280,11 @@ def parse(kind: type[RecordT], data: bytes, where: str) -> RecordT:
 
     Raises:
         CacheFormatError: Another format version, or not such a record.
+        CacheCorruptError: Its digest does not hold.
     """
     try:
         raw = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CacheFormatError(f"{where}: not JSON ({error})") from error
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if version != FORMAT_VERSION:
@@ -273,12 +292,25 @@ def parse(kind: type[RecordT], data: bytes, where: str) -> RecordT:
             f"{where}: format version {FORMAT_VERSION} was expected, found {version!r}",
             hint="a newer kdcache wrote this cache" if isinstance(version, int) and version > FORMAT_VERSION else None,
         )
+    signed = raw.pop(RECORD_DIGEST, None)
     try:
-        return kind.model_validate_json(data)
+        content = canonical_json(raw)
+    except ValueError as error:
+        raise CacheFormatError(f"{where}: not JSON ({error})") from error
+    if signed != (found := _hash(content)):
+        raise CacheCorruptError(
+            f"{where}: {RECORD_DIGEST} {signed!r} was written, the fields have {found}: damaged or edited"
+        )
+    try:
+        return kind.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise CacheFormatError(f"{where}: {place}: {first['msg']} (found {str(first.get('input'))[:80]!r})") from error
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
 
 
 def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

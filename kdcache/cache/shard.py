@@ -127,7 +127,7 @@ class ShardReader:
                     f"{self.where}: one record batch was expected, found {reader.num_record_batches}"
                 )
             batch = reader.get_batch(0)
-            batch.validate()
+            batch.validate(full=True)
         except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
             raise CacheCorruptError(f"{self.where}: not an Arrow file ({error})") from error
         expected = schema(codec, plan, shard)
@@ -137,6 +137,8 @@ class ShardReader:
                 f"columns {batch.schema.names}",
                 hint="the file belongs to another shard or another cache",
             )
+        if any(column.null_count for column in batch.columns):
+            raise CacheCorruptError(f"{self.where}: a row with a missing value")
         self._columns = {name: batch.column(i) for i, name in enumerate(batch.schema.names)}
         self.num_rows: int = batch.num_rows
 

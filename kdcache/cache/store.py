@@ -7,6 +7,7 @@ exists), fsync the folder. Names are made by kdcache from numbers and digests, n
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -39,18 +40,21 @@ class LocalStore:
 
         Raises:
             CacheNotFoundError: There is none.
+            StoreError: It cannot be read.
         """
         try:
             return (self.root / name).read_bytes()
         except (FileNotFoundError, NotADirectoryError) as error:
             raise CacheNotFoundError(f"{self.root / name} does not exist") from error
+        except OSError as error:
+            raise StoreError(f"{self.root / name}: cannot read ({error.strerror})") from error
 
     def map(self, name: str, num_bytes: int) -> mmap.mmap:
         """A read-only memory map of a file of a known size.
 
         Raises:
             CacheNotFoundError: There is none.
-            StoreError: It has another size.
+            StoreError: It has another size, or cannot be read.
         """
         try:
             with open(self.root / name, "rb") as file:
@@ -58,8 +62,10 @@ class LocalStore:
                 if found != num_bytes or found == 0:
                     raise StoreError(f"{self.root / name}: {num_bytes} bytes were committed, found {found}")
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise CacheNotFoundError(f"{self.root / name} does not exist") from error
+        except OSError as error:
+            raise StoreError(f"{self.root / name}: cannot read ({error.strerror})") from error
 
     def list(self, folder: str) -> list[str]:
         """File names in a folder, sorted; empty when there is no folder."""
@@ -118,9 +124,8 @@ class LocalStore:
             if match and match["host"] == hostname() and not is_running(int(match["pid"])):
                 self.delete(f"{TEMPORARY}/{name}")
                 removed += 1
-        folder = self.root / TEMPORARY
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        with contextlib.suppress(OSError):  # in use, or a peer was faster
+            (self.root / TEMPORARY).rmdir()
         return removed
 
     def _write_temporary(self, data: bytes | memoryview) -> Path:
@@ -153,7 +158,7 @@ def is_running(pid: int) -> bool:
     """Whether a process of this host is alive."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from kdcache.cache.commit import MANIFEST, current_manifest, derive_manifest, read_commits, read_plan
-from kdcache.cache.manifest import to_json
+from kdcache.cache.commit import MANIFEST, PLAN, commit_name, current_manifest, read_commits, read_plan
+from kdcache.cache.manifest import derive_manifest, to_json
 from kdcache.cache.reader import CacheReader
+from kdcache.cache.shard import sequence_id
 from kdcache.cache.store import LocalStore
 from kdcache.errors import CacheCorruptError, CacheError
 from kdcache.targets import check_alignment
@@ -52,8 +53,12 @@ def verify_cache(store: LocalStore, *, deep: bool = True, on_shard: Callable[[in
     try:
         commits = read_commits(store)
         derived = derive_manifest(plan, commits)
-        if store.exists(MANIFEST) and to_json(current_manifest(store)) != to_json(derived):
+        if store.exists(MANIFEST) and (current_manifest(store) != derived or store.read(MANIFEST) != to_json(derived)):
             audit.problems.append(f"{MANIFEST} does not follow from the commits; remove it and run the dump again")
+        records = [(PLAN, plan), *((commit_name(commit.shard), commit) for commit in commits)]
+        audit.problems += [
+            f"{name}: not the bytes that were written" for name, r in records if store.read(name) != to_json(r)
+        ]
         store_view = CacheReader(store, allow_incomplete=True)
         store_view.manifest = derived
     except CacheError as error:
@@ -84,6 +89,8 @@ def _verify_shard(reader: CacheReader, position: int, deep: bool) -> int:
         raise CacheCorruptError(f"{shard.where}: {expected} sequences were committed, found {len(shard)}")
     for row in range(len(shard) if deep else 0):
         where = f"{shard.where}, sequence {row}"
+        if shard.sequence_id(row) != sequence_id(reader.manifest.shards.shard[position], row):
+            raise CacheCorruptError(f"{where}: found the sequence id {shard.sequence_id(row)}")
         sequence = shard.sequence(row)
         targets = shard.targets(row, int(sequence.target_mask.sum())).expand(reader.temperatures)
         check_alignment(sequence, targets, where, 2 * reader.codec.logprob_error_bound(targets.label_logprobs))

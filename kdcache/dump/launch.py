@@ -19,43 +19,25 @@ from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from kdcache.cache.commit import (
-    committed_shards,
-    current_manifest,
-    publish_plan,
-    read_plan,
-    seal,
-    table_name,
-)
-from kdcache.cache.manifest import (
-    CacheSpec,
-    CodecSpec,
-    ComputeSpec,
-    CorpusSpec,
-    Manifest,
-    Plan,
-    TargetSpec,
-    TeacherSpec,
-)
+from kdcache.cache.commit import committed_shards, read_plan, seal, table_name
+from kdcache.cache.manifest import Manifest, Plan
 from kdcache.cache.shard import digest
 from kdcache.cache.store import LocalStore
-from kdcache.config import library_versions, write_provenance
-from kdcache.corpus import CorpusCounts, detect_columns, load_rows, mean_row_tokens, source_digest
-from kdcache.dump.options import DEFAULT_SHARD_POSITIONS, MIN_SHARDS, DumpOptions
-from kdcache.dump.progress import DumpProgress
-from kdcache.errors import CacheIncompleteError, CacheMismatchError, ConfigError, KDCacheError
+from kdcache.config import write_provenance
+from kdcache.corpus import CorpusCounts, load_rows
+from kdcache.dump.options import DumpOptions
+from kdcache.dump.plan import finished_before, make_plan, warn_about_versions
+from kdcache.errors import CacheIncompleteError, ConfigError, KDCacheError
 from kdcache.models import (
     check_packing,
-    describe_tokenizer,
     find_model,
+    head_of,
     keep_freed_memory,
-    load_config,
     load_model,
     load_tokenizer,
-    model_digest,
     parse_dtype,
-    pick_device,
 )
+from kdcache.progress import Progress
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -64,7 +46,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CHUNK_POSITIONS = {"cpu": 1024, "cuda": 4096}
 REFRESH_SECONDS = 0.5
 
 
@@ -105,7 +86,7 @@ def dump(options: DumpOptions) -> DumpResult:
         options,
         plan.spec.compute.device,
     )
-    _warn_about_versions(plan)
+    warn_about_versions(plan)
     store.remove_abandoned()
     num_done = len(committed_shards(store))
     if num_done:
@@ -118,170 +99,6 @@ def dump(options: DumpOptions) -> DumpResult:
         else:
             stopped = _run_processes(store, options, plan, num_done)
     return DumpResult(seal(store), stopped=stopped, counts=counts)
-
-
-def finished_before(store: LocalStore, options: DumpOptions) -> Manifest | None:
-    """The manifest, if the cache is complete and was made with these options; found out without loading anything.
-
-    Raises:
-        CacheMismatchError: It is complete, but was made otherwise.
-    """
-    if not store.exists("plan.json"):
-        return None
-    manifest = current_manifest(store)
-    if not manifest.sealed or not store.exists("manifest.json"):
-        return None
-    spec = manifest.spec
-    asked: dict[str, Any] = {
-        "teacher.digest": model_digest(find_model(options.teacher, options.revision)),
-        "corpus.digest": source_digest(options.dataset, options.split, options.dataset_config),
-        "corpus.split": options.split,
-        "corpus.seq_len": options.seq_len,
-        "corpus.packing": options.packing,
-        "corpus.append_eos": options.append_eos,
-        "corpus.assistant_only": options.assistant_only,
-        "targets.scheme": options.targets,
-        "targets.k": 0 if options.targets == "hidden" else min(options.top_k, spec.teacher.vocab_size),
-        "targets.temperatures": list(options.temperatures),
-        "codec.name": "exact" if options.targets == "hidden" else options.codec,
-        "compute.batch_tokens": options.batch_tokens,
-        "teacher.attention": options.attention,
-    }
-    if options.text_column is not None:
-        asked["corpus.text_column"] = options.text_column
-    if options.dtype != "auto":
-        asked["teacher.dtype"] = options.dtype
-    if options.threads is not None:
-        asked["compute.threads"] = options.threads
-    standing = spec.fields()
-    differing = [(name, standing[name], value) for name, value in asked.items() if standing[name] != value]
-    if differing:
-        lines = "".join(f"\n  {name}: the cache has {old!r}, this run asks for {new!r}" for name, old, new in differing)
-        raise CacheMismatchError(
-            f"{store} is finished, and was made with other settings:{lines}",
-            hint="use another --output for a new cache",
-        )
-    return manifest
-
-
-# --- plan -------------------------------------------------------------------------------------------------------------
-
-
-def make_plan(store: LocalStore, options: DumpOptions) -> tuple[Plan, Dataset]:
-    """Describe everything that moves the numbers, and publish it or agree with what was published."""
-    standing = read_plan(store) if store.exists("plan.json") else None
-    source = find_model(options.teacher, options.revision)
-    config = load_config(source, trust_remote_code=options.trust_remote_code)
-    text_config = config.get_text_config()
-    tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
-    tokenizer_spec = describe_tokenizer(tokenizer)
-    rows = load_rows(options.dataset, options.split, config_name=options.dataset_config)
-    columns, text_column = detect_columns(rows.column_names, options.text_column)
-    _check_context(options, text_config)
-    device = pick_device(options.device)
-    vocab_size = min(text_config.vocab_size, tokenizer_spec.num_tokens)
-    corpus = CorpusSpec(
-        dataset=options.dataset,
-        digest=source_digest(options.dataset, options.split, options.dataset_config),
-        split=options.split,
-        num_rows=len(rows),
-        columns=columns,
-        text_column=text_column,
-        seq_len=options.seq_len,
-        packing=options.packing,
-        append_eos=options.append_eos,
-        assistant_only=options.assistant_only,
-    )
-    hidden = options.targets == "hidden"
-    if not hidden and options.top_k > vocab_size:
-        logger.info(
-            "--top-k %d is more than the vocabulary: every one of its %d tokens is kept", options.top_k, vocab_size
-        )
-    spec = CacheSpec(
-        teacher=TeacherSpec(
-            name=options.teacher,
-            digest=model_digest(source),
-            dtype=str(parse_dtype(options.dtype, text_config)).removeprefix("torch."),
-            attention=options.attention,
-            vocab_size=vocab_size,
-            hidden_size=text_config.hidden_size,
-            num_parameters=_count_parameters(config),
-        ),
-        tokenizer=tokenizer_spec,
-        corpus=corpus,
-        targets=TargetSpec(
-            scheme=options.targets, k=0 if hidden else min(options.top_k, vocab_size), temperatures=options.temperatures
-        ),
-        codec=CodecSpec(name="exact" if hidden else options.codec, step=0.0645),
-        compute=ComputeSpec(
-            device=device.split(":")[0],
-            threads=options.threads or (standing.spec.compute.threads if standing else _threads(options, device)),
-            batch_tokens=options.batch_tokens,
-            chunk_positions=CHUNK_POSITIONS.get(device.split(":")[0], 4096),
-        ),
-        rows_per_shard=(
-            standing.spec.rows_per_shard
-            if standing and options.shard_positions is None
-            else _rows_per_shard(options, rows, mean_row_tokens(rows, corpus, tokenizer))
-        ),
-    )
-    plan = Plan(spec=spec, fingerprint=spec.fingerprint, environment=library_versions())
-    logger.info(
-        "%d rows (%s) in %d shards; teacher %s, %s",
-        len(rows),
-        columns,
-        spec.num_shards,
-        options.teacher,
-        spec.teacher.dtype,
-    )
-    return publish_plan(store, plan), rows
-
-
-def _rows_per_shard(options: DumpOptions, rows: Dataset, tokens_per_row: float) -> int:
-    """As many rows as give a shard's worth of positions; small corpora still get a few shards, to resume between."""
-    if tokens_per_row == 0:
-        raise ConfigError(
-            f"dataset {options.dataset}: no row of the pilot has anything to learn",
-            hint="look at its rows and --text-column",
-        )
-    positions = options.shard_positions or min(DEFAULT_SHARD_POSITIONS, tokens_per_row * len(rows) / MIN_SHARDS)
-    return max(1, min(len(rows), round(positions / tokens_per_row)))
-
-
-def _threads(options: DumpOptions, device: str) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // options.workers) if device == "cpu" else 1
-
-
-def _check_context(options: DumpOptions, text_config: Any) -> None:
-    context = getattr(text_config, "max_position_embeddings", None)
-    if context is not None and options.seq_len > context:
-        raise ConfigError(
-            f"--seq-len {options.seq_len} is longer than the teacher's context of {context} tokens",
-            hint=f"--seq-len {context}",
-        )
-
-
-def _count_parameters(config: Any) -> int:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _warn_about_versions(plan: Plan) -> None:
-    now = library_versions()
-    changed = [f"{name} {old} -> {now.get(name)}" for name, old in plan.environment.items() if now.get(name) != old]
-    if changed:
-        logger.warning(
-            "the cache was begun under other versions (%s); its last bits may differ from an uninterrupted dump",
-            ", ".join(changed),
-        )
-
-
-# --- run --------------------------------------------------------------------------------------------------------------
 
 
 def launched_rank() -> tuple[int, int]:
@@ -310,7 +127,6 @@ def make_worker(
 
     from kdcache.dump.engines.transformers import TransformersEngine
     from kdcache.dump.worker import Worker
-    from kdcache.models import head_of
 
     keep_freed_memory()
     spec = plan.spec
@@ -353,17 +169,25 @@ def make_worker(
     )
 
 
+def progress_line(plan: Plan, shards_done: float, positions: float, seconds: float) -> str:
+    """Shards and tokens so far, tokens a second of this run."""
+    return (
+        f"{shards_done:.1f}/{plan.spec.num_shards} shards, {positions:,.0f} tokens, {positions / seconds:,.0f} tokens/s"
+    )
+
+
 def _run_here(
     store: LocalStore, options: DumpOptions, plan: Plan, rows: Dataset, rank: int, size: int, num_done: int
 ) -> tuple[int, CorpusCounts]:
-    with DumpProgress(plan.spec.num_shards, num_done) as progress, stop_on_signals() as stop:
+    with Progress("dump", plan.spec.num_shards, num_done) as progress, stop_on_signals() as stop:
         worker = make_worker(store, options, plan, rows, rank, size)
         positions, shards = 0, 0.0
 
         def on_progress(more: int, fraction: float) -> None:
             nonlocal positions
             positions += more
-            progress.update(positions, shards + fraction)
+            done = shards + fraction
+            progress.update(done, progress_line(plan, num_done + done, positions, progress.seconds))
 
         def on_committed() -> None:
             nonlocal shards
@@ -387,7 +211,7 @@ def _run_processes(store: LocalStore, options: DumpOptions, plan: Plan, num_done
         )
     context = multiprocessing.get_context("spawn")
     shared = context.Array("d", 3 * options.workers, lock=False)
-    with DumpProgress(plan.spec.num_shards, num_done) as progress, stop_on_signals() as stop:
+    with Progress("dump", plan.spec.num_shards, num_done) as progress, stop_on_signals() as stop:
         processes, pipes = [], []
         for rank in range(options.workers):
             receiver, sender = context.Pipe(duplex=False)
@@ -401,7 +225,8 @@ def _run_processes(store: LocalStore, options: DumpOptions, plan: Plan, num_done
         forwarded = 0
         while any(process.is_alive() for process in processes):
             time.sleep(REFRESH_SECONDS / 5)
-            progress.update(sum(shared[0::3]), sum(shared[1::3]) + sum(shared[2::3]))
+            done = sum(shared[1::3]) + sum(shared[2::3])
+            progress.update(done, progress_line(plan, num_done + done, sum(shared[0::3]), progress.seconds))
             if stop.signal and not forwarded:
                 forwarded = stop.signal
                 for process in processes:
@@ -424,7 +249,7 @@ def _run_processes(store: LocalStore, options: DumpOptions, plan: Plan, num_done
 
 def _receive(pipe: Connection) -> KDCacheError | None:
     try:
-        return pipe.recv() if pipe.poll() else None  # type: ignore[no-any-return]
+        return pipe.recv() if pipe.poll() else None
     except EOFError:
         return None
 
@@ -471,14 +296,14 @@ def stop_on_signals(*, quiet: bool = False) -> Iterator[StopSignal]:
     previous: dict[int, Any] = {}
 
     def handle(number: int, frame: object) -> None:
-        stop.signal = number
+        stop.signal = int(number)
         for known, handler in previous.items():
             signal.signal(known, handler)
         if not quiet:
             logger.warning("stopping after the shard in hand; once more to stop at once")
 
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (int(signal.SIGINT), int(signal.SIGTERM)):
             previous[number] = signal.signal(number, handle)
     except ValueError:  # not the main thread: whoever runs us there handles signals
         pass

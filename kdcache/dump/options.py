@@ -15,33 +15,78 @@ MIN_SHARDS = 16
 class DumpOptions(Options):
     """What a dump does. None means: decided by the plan, and then kept by it."""
 
-    teacher: str
-    dataset: str
-    output: str
-    split: str = "train"
-    dataset_config: str | None = None
-    text_column: str | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
+    teacher: Annotated[
+        str,
+        Field(
+            description="Hub name, model folder, .gguf file, or package:NAME for a model that ships in a Python package."
+        ),
+    ]
+    dataset: Annotated[
+        str,
+        Field(
+            description="Hub name, save_to_disk folder, file, folder or glob (jsonl, parquet, csv, txt; .gz, .zst), or builtin:python-reference."
+        ),
+    ]
+    output: Annotated[str, Field(description="Folder of the cache.")]
+    split: Annotated[str, Field(description="Split with an optional slice: train, train[:90%], test[100:200].")] = (
+        "train"
+    )
+    dataset_config: Annotated[str | None, Field(description="Configuration of a hub dataset.")] = None
+    text_column: Annotated[str | None, Field(description="Column that holds the text, if it is not called text.")] = (
+        None
+    )
+    revision: Annotated[str | None, Field(description="Revision of the teacher on the hub.")] = None
+    trust_remote_code: Annotated[bool, Field(description="Run code that ships with the teacher.")] = False
 
-    seq_len: Annotated[int, Field(ge=2)] = 1024
-    packing: bool = True
-    append_eos: bool = True
-    assistant_only: bool = True
+    seq_len: Annotated[int, Field(ge=2, description="Longest sequence, in tokens.")] = 1024
+    packing: Annotated[
+        bool,
+        Field(
+            description="Pack documents into sequences, isolated from each other; without it, one document a sequence."
+        ),
+    ] = True
+    append_eos: Annotated[bool, Field(description="End every text with the end-of-sequence token.")] = True
+    assistant_only: Annotated[
+        bool, Field(description="Of chats and completions, keep targets only for what the assistant says.")
+    ] = True
 
-    targets: Literal["top_k", "hidden"] = "top_k"
-    top_k: Annotated[int, Field(ge=1)] = 64
-    temperatures: tuple[float, ...] = (1.0, 2.0, 4.0)
-    codec: Literal["packed", "exact"] = "packed"
+    targets: Annotated[
+        Literal["top_k", "hidden"],
+        Field(
+            description="top_k keeps the most probable tokens; hidden keeps the last hidden state, which is lossless."
+        ),
+    ] = "top_k"
+    top_k: Annotated[int, Field(ge=1, description="Entries kept at a position.")] = 64
+    temperatures: Annotated[tuple[float, ...], Field(description="Temperatures at which students may train.")] = (
+        1.0,
+        2.0,
+        4.0,
+    )
+    codec: Annotated[
+        Literal["packed", "exact"], Field(description="packed is small, with a declared error; exact is float32.")
+    ] = "packed"
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    attention: str = "sdpa"
-    device: str = "auto"
-    device_map: str | None = None
-    batch_tokens: Annotated[int, Field(ge=1)] = 8192
-    threads: Annotated[int, Field(ge=1)] | None = None
-    workers: Annotated[int, Field(ge=1, le=1024)] = 1
-    shard_positions: Annotated[int, Field(ge=1)] | None = None
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Field(description="Of the teacher; auto is what its config says."),
+    ] = "auto"
+    attention: Annotated[str, Field(description="attn_implementation of transformers.")] = "sdpa"
+    device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1 ...")] = "auto"
+    device_map: Annotated[str | None, Field(description="Spread a teacher larger than one GPU: auto, balanced ...")] = (
+        None
+    )
+    batch_tokens: Annotated[
+        int,
+        Field(ge=1, description="Tokens of a forward pass, padding included; halved by itself when memory runs out."),
+    ] = 8192
+    threads: Annotated[
+        Annotated[int, Field(ge=1)] | None, Field(description="Threads of a worker on a CPU; part of the plan.")
+    ] = None
+    workers: Annotated[int, Field(ge=1, le=1024, description="Processes: one a GPU, or so many on the CPU.")] = 1
+    shard_positions: Annotated[
+        Annotated[int, Field(ge=1)] | None,
+        Field(description="Tokens of a shard, about; by default 65,536, or less for a small corpus."),
+    ] = None
 
     @field_validator("temperatures", mode="before")
     @classmethod

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -134,7 +135,7 @@ class TransformersEngine:
         hidden = None if hidden_ND is None else hidden_ND.float().cpu().numpy()
         ends = np.cumsum([0, *sizes])
         out = []
-        for start, end in zip(ends[:-1], ends[1:], strict=True):
+        for start, end in pairwise(ends):
             if start == end:
                 raise ModelError("a sequence without anything to learn reached the teacher")
             part = {name: array[start:end] for name, array in whole.items()}

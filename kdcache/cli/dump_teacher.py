@@ -1,0 +1,49 @@
+"""``kdcache dump-teacher``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from kdcache.cli.flags import flags_of, given
+from kdcache.config import resolve_options
+from kdcache.dump.options import DumpOptions
+
+
+@click.command("dump-teacher")
+@flags_of(DumpOptions)
+def command(config: str | None, **flags: Any) -> None:
+    """Phase 1: run the teacher over a dataset and keep what it says.
+
+    Run the same command again after a crash, on any number of workers: it goes on, and ends in the same bytes. Works as it is
+    under torchrun and srun.
+    """
+    from kdcache.dump.launch import dump
+
+    options = resolve_options(DumpOptions, "dump-teacher", given(flags), config)
+    result = dump(options)
+    manifest = result.manifest
+    done, planned = len(manifest.shards.shard), manifest.spec.num_shards
+    if result.already_done:
+        click.echo(f"all done: {options.output} is complete ({planned} shards), made with these very options")
+        return
+    counts = result.counts
+    for number, what in (
+        (counts.num_skipped, "rows had nothing to learn and were skipped"),
+        (counts.num_truncated, "chats or completions were longer than a sequence and were truncated"),
+        (counts.num_split, "texts were longer than a sequence and go on in the next"),
+    ):
+        if number:
+            click.echo(f"{number:,} of {counts.num_rows:,} {what}", err=True)
+    if not manifest.sealed:
+        click.echo(f"{done} of {planned} shards are committed; run the same command again to go on", err=True)
+        sys.exit(128 + result.stopped if result.stopped else 0)
+    stats = manifest.stats
+    tail = stats.sum_tail_mass / max(stats.num_targets, 1)
+    kept = "" if manifest.spec.targets.scheme == "hidden" else f", {1 - tail:.1%} of the mass kept"
+    click.echo(
+        f"{options.output}: {stats.num_positions:,} tokens in {planned} shards, {manifest.num_bytes:,} bytes "
+        f"({manifest.num_bytes / max(stats.num_positions, 1):.1f} a token){kept}"
+    )

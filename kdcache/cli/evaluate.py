@@ -1,0 +1,64 @@
+"""``kdcache evaluate``."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from kdcache.cli.flags import flags_of, given
+from kdcache.config import resolve_options
+from kdcache.evaluate.run import EvaluateOptions
+
+
+@click.command("evaluate")
+@flags_of(EvaluateOptions)
+@click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON.")
+def command(config: str | None, as_json: bool, **flags: Any) -> None:
+    """Hold a student, and a baseline, against the teacher on held-out text: exact, over the full vocabulary."""
+    from kdcache.evaluate.run import evaluate
+
+    options = resolve_options(EvaluateOptions, "evaluate", given(flags), config)
+    report = evaluate(options)
+    click.echo(json.dumps(report, indent=2) if as_json else table(report))
+
+
+COLUMNS = (
+    ("perplexity", "perplexity", "{:.2f}"),
+    ("KL(teacher‖·)", "forward_kl", "{:.4f}"),
+    ("KL(·‖teacher)", "reverse_kl", "{:.4f}"),
+    ("top-1 agreement", "top1_agreement", "{:.1%}"),
+    ("parameters", "num_parameters", "{:,}"),
+    ("train tokens/s", "tokens_per_second", "{:,.0f}"),
+)
+
+
+def table(report: dict[str, Any]) -> str:
+    """The models side by side, then what the phases cost."""
+    rows = [["", *(title for title, _, _ in COLUMNS)]]
+    for model in report["models"]:
+        label = model["role"]
+        if "alpha" in model:
+            label += (
+                " (labels only)" if model["alpha"] == 0 else f" (alpha {model['alpha']:g}, T {model['temperature']:g})"
+            )
+        rows.append([label, *(shape.format(model[key]) if key in model else "-" for _, key, shape in COLUMNS)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+             for row in rows]  # fmt: skip
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    number = report["teacher_cache"]["num_targets"]
+    lines.append(f"\n{number:,} held-out positions, full vocabulary; KL in nats a token")
+    phases = dict(report["phases"])
+    if "bytes_per_token" in phases:
+        lines.append(
+            f"cache: {phases.pop('bytes_per_token'):.1f} bytes a token; "
+            f"the teacher said it at {phases.pop('dump_tokens_per_second'):,.0f} tokens/s"
+        )
+    if phases:
+        shown = ", ".join(
+            f"{name.removesuffix('_seconds').replace('_', ' ')} {value:.0f} s" for name, value in phases.items()
+        )
+        lines.append(f"phases: {shown}")
+    return "\n".join(lines)

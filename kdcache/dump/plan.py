@@ -1,0 +1,202 @@
+"""The plan of a dump: describe everything that moves a stored number, before the first shard.
+
+What an option leaves open (threads, rows a shard) is decided when the plan is made, and a resume keeps to it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+from kdcache.cache.commit import current_manifest, publish_plan, read_plan
+from kdcache.cache.manifest import (
+    CacheSpec,
+    CodecSpec,
+    ComputeSpec,
+    CorpusSpec,
+    Manifest,
+    Plan,
+    TargetSpec,
+    TeacherSpec,
+)
+from kdcache.cache.store import LocalStore
+from kdcache.config import library_versions
+from kdcache.corpus import detect_columns, load_rows, mean_row_tokens, source_digest
+from kdcache.dump.options import DEFAULT_SHARD_POSITIONS, MIN_SHARDS, DumpOptions
+from kdcache.errors import CacheMismatchError, ConfigError
+from kdcache.models import (
+    describe_tokenizer,
+    find_model,
+    load_config,
+    load_tokenizer,
+    model_digest,
+    parse_dtype,
+    pick_device,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+CHUNK_POSITIONS = {"cpu": 1024, "cuda": 4096}
+
+
+def finished_before(store: LocalStore, options: DumpOptions) -> Manifest | None:
+    """The manifest, if the cache is complete and was made with these options; found out without loading anything.
+
+    Raises:
+        CacheMismatchError: It is complete, but was made otherwise.
+    """
+    if not store.exists("plan.json"):
+        return None
+    manifest = current_manifest(store)
+    if not manifest.sealed or not store.exists("manifest.json"):
+        return None
+    spec = manifest.spec
+    asked: dict[str, Any] = {
+        "teacher.digest": model_digest(find_model(options.teacher, options.revision)),
+        "corpus.digest": source_digest(options.dataset, options.split, options.dataset_config),
+        "corpus.split": options.split,
+        "corpus.seq_len": options.seq_len,
+        "corpus.packing": options.packing,
+        "corpus.append_eos": options.append_eos,
+        "corpus.assistant_only": options.assistant_only,
+        "targets.scheme": options.targets,
+        "targets.k": 0 if options.targets == "hidden" else min(options.top_k, spec.teacher.vocab_size),
+        "targets.temperatures": list(options.temperatures),
+        "codec.name": "exact" if options.targets == "hidden" else options.codec,
+        "compute.batch_tokens": options.batch_tokens,
+        "teacher.attention": options.attention,
+    }
+    if options.text_column is not None:
+        asked["corpus.text_column"] = options.text_column
+    if options.dtype != "auto":
+        asked["teacher.dtype"] = options.dtype
+    if options.threads is not None:
+        asked["compute.threads"] = options.threads
+    standing = spec.fields()
+    differing = [(name, standing[name], value) for name, value in asked.items() if standing[name] != value]
+    if differing:
+        lines = "".join(f"\n  {name}: the cache has {old!r}, this run asks for {new!r}" for name, old, new in differing)
+        raise CacheMismatchError(
+            f"{store} is finished, and was made with other settings:{lines}",
+            hint="use another --output for a new cache",
+        )
+    return manifest
+
+
+def make_plan(store: LocalStore, options: DumpOptions) -> tuple[Plan, Dataset]:
+    """Describe everything that moves the numbers, and publish it or agree with what was published."""
+    standing = read_plan(store) if store.exists("plan.json") else None
+    source = find_model(options.teacher, options.revision)
+    config = load_config(source, trust_remote_code=options.trust_remote_code)
+    text_config = config.get_text_config()
+    tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
+    tokenizer_spec = describe_tokenizer(tokenizer)
+    rows = load_rows(options.dataset, options.split, config_name=options.dataset_config)
+    columns, text_column = detect_columns(rows.column_names, options.text_column)
+    _check_context(options, text_config)
+    device = pick_device(options.device)
+    vocab_size = min(text_config.vocab_size, tokenizer_spec.num_tokens)
+    corpus = CorpusSpec(
+        dataset=options.dataset,
+        digest=source_digest(options.dataset, options.split, options.dataset_config),
+        split=options.split,
+        num_rows=len(rows),
+        columns=columns,
+        text_column=text_column,
+        seq_len=options.seq_len,
+        packing=options.packing,
+        append_eos=options.append_eos,
+        assistant_only=options.assistant_only,
+    )
+    hidden = options.targets == "hidden"
+    if not hidden and options.top_k > vocab_size:
+        logger.info(
+            "--top-k %d is more than the vocabulary: every one of its %d tokens is kept", options.top_k, vocab_size
+        )
+    spec = CacheSpec(
+        teacher=TeacherSpec(
+            name=options.teacher,
+            digest=model_digest(source),
+            dtype=str(parse_dtype(options.dtype, text_config)).removeprefix("torch."),
+            attention=options.attention,
+            vocab_size=vocab_size,
+            hidden_size=text_config.hidden_size,
+            num_parameters=_count_parameters(config),
+        ),
+        tokenizer=tokenizer_spec,
+        corpus=corpus,
+        targets=TargetSpec(
+            scheme=options.targets, k=0 if hidden else min(options.top_k, vocab_size), temperatures=options.temperatures
+        ),
+        codec=CodecSpec(name="exact" if hidden else options.codec, step=0.0645),
+        compute=ComputeSpec(
+            device=device.split(":")[0],
+            threads=options.threads or (standing.spec.compute.threads if standing else _threads(options, device)),
+            batch_tokens=options.batch_tokens,
+            chunk_positions=CHUNK_POSITIONS.get(device.split(":")[0], 4096),
+        ),
+        rows_per_shard=(
+            standing.spec.rows_per_shard
+            if standing and options.shard_positions is None
+            else _rows_per_shard(options, rows, mean_row_tokens(rows, corpus, tokenizer))
+        ),
+    )
+    plan = Plan(spec=spec, fingerprint=spec.fingerprint, environment=library_versions())
+    logger.info(
+        "%d rows (%s) in %d shards; teacher %s, %s",
+        len(rows),
+        columns,
+        spec.num_shards,
+        options.teacher,
+        spec.teacher.dtype,
+    )
+    return publish_plan(store, plan), rows
+
+
+def _rows_per_shard(options: DumpOptions, rows: Dataset, tokens_per_row: float) -> int:
+    """As many rows as give a shard's worth of positions; small corpora still get a few shards, to resume between."""
+    if tokens_per_row == 0:
+        raise ConfigError(
+            f"dataset {options.dataset}: no row of the pilot has anything to learn",
+            hint="look at its rows and --text-column",
+        )
+    positions = options.shard_positions or min(DEFAULT_SHARD_POSITIONS, tokens_per_row * len(rows) / MIN_SHARDS)
+    return max(1, min(len(rows), round(positions / tokens_per_row)))
+
+
+def _threads(options: DumpOptions, device: str) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // options.workers) if device == "cpu" else 1
+
+
+def _check_context(options: DumpOptions, text_config: Any) -> None:
+    context = getattr(text_config, "max_position_embeddings", None)
+    if context is not None and options.seq_len > context:
+        raise ConfigError(
+            f"--seq-len {options.seq_len} is longer than the teacher's context of {context} tokens",
+            hint=f"--seq-len {context}",
+        )
+
+
+def _count_parameters(config: Any) -> int:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def warn_about_versions(plan: Plan) -> None:
+    """Say so when a resume runs under other library versions than the dump began with."""
+    now = library_versions()
+    changed = [f"{name} {old} -> {now.get(name)}" for name, old in plan.environment.items() if now.get(name) != old]
+    if changed:
+        logger.warning(
+            "the cache was begun under other versions (%s); its last bits may differ from an uninterrupted dump",
+            ", ".join(changed),
+        )

@@ -1,0 +1,85 @@
+"""Options of ``kdcache train-student`` and ``kdcache init-student``: names, defaults, meaning."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from kdcache.config import Options
+
+
+class TrainOptions(Options):
+    """What a training run does.
+
+    The first block is kdcache's; the second are the usual options of ``transformers.TrainingArguments`` under their usual
+    names. ``training`` takes any other of them.
+    """
+
+    cache: Annotated[str, Field(description="Cache to train from.")]
+    student: Annotated[str, Field(description="Student: hub name, model folder or .gguf file.")]
+    output: Annotated[str, Field(description="Folder of the trained student.")]
+    eval_cache: Annotated[
+        str | None, Field(description="Cache of held-out text, evaluated at the end and every --eval-steps.")
+    ] = None
+    alpha: Annotated[
+        float,
+        Field(ge=0, le=1, description="Weight of the teacher: (1 - alpha) CE + alpha T^2 D. 0 trains on labels alone."),
+    ] = 0.7
+    temperature: Annotated[float, Field(gt=0, description="T, one that the cache declares.")] = 1.0
+    loss: Annotated[Literal["forward_kl"], Field(description="Divergence between teacher and student.")] = "forward_kl"
+    attention: Annotated[str, Field(description="attn_implementation of transformers.")] = "sdpa"
+    chunk_positions: Annotated[
+        Annotated[int, Field(ge=1)] | None, Field(description="Positions whose logits may exist at a time.")
+    ] = None
+    allow_incomplete: Annotated[bool, Field(description="Train from a cache that is still being made.")] = False
+    trust_remote_code: Annotated[bool, Field(description="Run code that ships with the model.")] = False
+    resume: Annotated[
+        bool, Field(description="Go on from the last checkpoint in --output; --no-resume begins anew.")
+    ] = True
+
+    learning_rate: Annotated[float, Field(gt=0, description="Peak learning rate.")] = 5e-4
+    num_train_epochs: Annotated[float, Field(gt=0, description="Passes over the cache.")] = 1.0
+    max_steps: Annotated[int, Field(description="Optimiser steps; above 0 it wins over epochs.")] = -1
+    per_device_train_batch_size: Annotated[int, Field(ge=1, description="Sequences of a micro-batch.")] = 8
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, description="Micro-batches of an optimiser step.")] = 1
+    warmup_steps: Annotated[int, Field(ge=0, description="Steps of warm-up.")] = 0
+    lr_scheduler_type: Annotated[str, Field(description="cosine, linear, constant_with_warmup ...")] = "cosine"
+    weight_decay: Annotated[float, Field(ge=0, description="AdamW weight decay.")] = 0.0
+    max_grad_norm: Annotated[float, Field(ge=0, description="Gradient clipping.")] = 1.0
+    bf16: Annotated[bool, Field(description="bfloat16 autocast over float32 weights.")] = False
+    gradient_checkpointing: Annotated[bool, Field(description="Trade time for memory in the trunk.")] = False
+    seed: Annotated[int, Field(description="Of order, dropout and initial weights.")] = 0
+    eval_steps: Annotated[Annotated[int, Field(ge=1)] | None, Field(description="Evaluate every so many steps.")] = None
+    save_steps: Annotated[Annotated[int, Field(ge=1)] | None, Field(description="Checkpoint every so many steps.")] = (
+        None
+    )
+    logging_steps: Annotated[int, Field(ge=1, description="Log every so many steps.")] = 10
+    report_to: Annotated[str, Field(description="tensorboard, wandb, trackio (comma-separated) or none.")] = "none"
+    training: Annotated[
+        dict[str, Any],
+        Field(
+            default_factory=dict, description="Any other option of transformers.TrainingArguments (config file only)."
+        ),
+    ]
+
+
+class InitOptions(Options):
+    """How a student begins: layers of a teacher, or random weights of a given shape; the teacher's tokenizer either way."""
+
+    from_: Annotated[str, Field(alias="from", description="Teacher that gives layers or config, and the tokenizer.")]
+    output: Annotated[str, Field(description="Folder of the trained student.")]
+    layers: Annotated[
+        Annotated[int, Field(ge=1)] | None, Field(description="Layers to keep, chosen by angular distance.")
+    ] = None
+    shape: Annotated[
+        dict[str, Any] | None,
+        Field(description="Config fields of a student with random weights, as field=value; can be given again."),
+    ] = None
+    calibration: Annotated[str, Field(description="Text on which layers are compared.")] = "builtin:python-reference"
+    calibration_tokens: Annotated[int, Field(ge=16, description="Tokens of it.")] = 4096
+    seed: Annotated[int, Field(description="Of order, dropout and initial weights.")] = 0
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Field(description="Of the saved weights.")] = (
+        "float32"
+    )
+    trust_remote_code: Annotated[bool, Field(description="Run code that ships with the model.")] = False

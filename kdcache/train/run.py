@@ -1,0 +1,301 @@
+"""From options to a trained student folder: check, train or go on, save, describe."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kdcache.cache.commit import read_commits
+from kdcache.cache.reader import CacheReader, open_cache
+from kdcache.config import read_section, write_provenance
+from kdcache.errors import CacheMismatchError, ConfigError
+from kdcache.models import (
+    check_packing,
+    find_model,
+    keep_freed_memory,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    quiet_progress,
+)
+from kdcache.targets import check_alignment
+from kdcache.train.options import TrainOptions
+from kdcache.train.student import check_student
+
+logger = logging.getLogger(__name__)
+
+RESULTS = "train_results.json"
+ALIGNMENT_SAMPLE = 32
+# Options that may differ when a run is taken up again: they change where it looks, not what it computes.
+FREE_TO_CHANGE = {
+    "resume",
+    "output",
+    "report_to",
+    "logging_steps",
+    "save_steps",
+    "eval_steps",
+    "eval_cache",
+    "chunk_positions",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What came of a training run: ``results`` as written to ``train_results.json``."""
+
+    results: dict[str, Any]
+    already_done: bool = False
+
+
+def train(options: TrainOptions) -> TrainResult:
+    """Run phase 2; running it again goes on from the last checkpoint, or says that all is done.
+
+    Raises:
+        CacheMismatchError: Cache and student do not belong together, or the output holds another run.
+        KDCacheError: Anything else that a user can meet.
+    """
+    output = Path(options.output)
+    _check_same_run(output, options)
+    if options.resume and (output / RESULTS).is_file():
+        return TrainResult(json.loads((output / RESULTS).read_text()), already_done=True)
+    reader = open_cache(options.cache, allow_incomplete=options.allow_incomplete)
+    eval_reader = open_cache(options.eval_cache) if options.eval_cache else None
+    _check_caches(reader, eval_reader, options)
+
+    import torch
+    from transformers import PrinterCallback, set_seed
+
+    from kdcache.train.trainer import KDTrainer, MetricsFile, ProgressLine
+
+    keep_freed_memory()
+    source = find_model(options.student)
+    tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
+    arguments = training_arguments(options)
+    model = load_model(
+        source, dtype=torch.float32, attention=options.attention, trust_remote_code=options.trust_remote_code
+    )
+    check_student(model, tokenizer, reader)
+    if reader.spec.corpus.packing:
+        check_packing(model)
+    _warn_about_sizes(reader, sum(p.numel() for p in model.parameters()))
+    set_seed(options.seed)
+    trainer = KDTrainer(
+        model,
+        arguments,
+        reader,
+        eval_cache=eval_reader,
+        alpha=options.alpha,
+        temperature=options.temperature,
+        loss=options.loss,
+        chunk_positions=options.chunk_positions,
+        processing_class=tokenizer,
+        callbacks=[MetricsFile(output / "metrics.jsonl")],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(ProgressLine(trainer))
+    if trainer.is_world_process_zero():
+        write_provenance(output, "train-student", "train-student", options, str(arguments.device))
+    checkpoint = last_checkpoint(output) if options.resume else None
+    if checkpoint:
+        logger.info("going on from %s", checkpoint)
+    started = time.monotonic()
+    outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.monotonic() - started
+    evaluation = trainer.evaluate() if eval_reader is not None else {}
+    with quiet_progress():
+        trainer.save_model(str(output))
+    results = {
+        "student": options.student,
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "steps": outcome.global_step,
+        "resumed": checkpoint is not None,
+        "train_loss": outcome.training_loss,
+        "train_seconds": round(seconds, 2),
+        "train_tokens": trainer.num_tokens_seen * arguments.world_size,
+        "tokens_per_second": round(trainer.num_tokens_seen * arguments.world_size / seconds, 1),
+        **evaluation,
+        "cache": describe_cache(reader),
+        "objective": {"loss": options.loss, "alpha": options.alpha, "temperature": options.temperature},
+        "seed": options.seed,
+    }
+    if trainer.is_world_process_zero():
+        (output / "README.md").write_text(model_card(options, results))
+        (output / RESULTS).write_text(json.dumps(results, indent=2) + "\n")
+    return TrainResult(results)
+
+
+def training_arguments(options: TrainOptions) -> Any:
+    """TrainingArguments from ours and from ``training``.
+
+    Raises:
+        ConfigError: ``training`` names something that TrainingArguments does not have, or that is ours to set.
+    """
+    from transformers import TrainingArguments
+
+    given: dict[str, Any] = {
+        "output_dir": options.output,
+        "learning_rate": options.learning_rate,
+        "num_train_epochs": options.num_train_epochs,
+        "max_steps": options.max_steps,
+        "per_device_train_batch_size": options.per_device_train_batch_size,
+        "per_device_eval_batch_size": options.per_device_train_batch_size,
+        "gradient_accumulation_steps": options.gradient_accumulation_steps,
+        "warmup_steps": options.warmup_steps,
+        "lr_scheduler_type": options.lr_scheduler_type,
+        "weight_decay": options.weight_decay,
+        "max_grad_norm": options.max_grad_norm,
+        "bf16": options.bf16,
+        "seed": options.seed,
+        "data_seed": options.seed,
+        "eval_strategy": "steps" if options.eval_steps and options.eval_cache else "no",
+        "eval_steps": options.eval_steps,
+        "save_strategy": "steps" if options.save_steps else "no",
+        "save_steps": options.save_steps or 500,
+        "logging_steps": options.logging_steps,
+        "report_to": [] if options.report_to == "none" else options.report_to.split(","),
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+        "use_cpu": pick_device() == "cpu",
+    }
+    if options.gradient_checkpointing:
+        names = {field.name for field in dataclasses.fields(TrainingArguments)}
+        given["activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"] = True
+    try:
+        return TrainingArguments(**(given | options.training))
+    except TypeError as error:
+        raise ConfigError(
+            f"training: {str(error).replace('TrainingArguments.__init__() ', '')}",
+            hint="training takes the options of transformers.TrainingArguments",
+        ) from error
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise ConfigError(f"training: {str(error).splitlines()[0]}") from error
+
+
+def last_checkpoint(output: Path) -> str | None:
+    """The newest checkpoint whose writing was finished: its ``trainer_state.json``, written last, can be read."""
+    found = sorted(
+        output.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]) if p.name[11:].isdigit() else -1
+    )
+    for folder in reversed(found):
+        try:
+            json.loads((folder / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            logger.warning("%s was not finished; going on from the one before", folder)
+            continue
+        return str(folder)
+    return None
+
+
+def describe_cache(reader: CacheReader) -> dict[str, Any]:
+    """What a student's record says about where its targets came from, and what they cost."""
+    stats = reader.manifest.stats
+    return {
+        "path": str(reader.store),
+        "fingerprint": reader.manifest.fingerprint,
+        "teacher": reader.spec.teacher.name,
+        "teacher_digest": reader.spec.teacher.digest,
+        "dataset": reader.spec.corpus.dataset,
+        "num_positions": stats.num_positions,
+        "bytes_per_token": round(reader.manifest.num_bytes / max(stats.num_positions, 1), 2),
+        "dump_seconds": round(sum(commit.seconds for commit in read_commits(reader.store)), 2),
+    }
+
+
+def _check_same_run(output: Path, options: TrainOptions) -> None:
+    """Refuse to go on with other settings than the output was begun with."""
+    before_file = output / "train-student.yaml"
+    if not before_file.is_file() or not options.resume:
+        return
+    before = read_section(str(before_file), "train-student")
+    now = yaml.safe_load(yaml.safe_dump(options.model_dump(mode="json", exclude_none=True, by_alias=True)))
+    differing = [
+        name
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name) and name not in FREE_TO_CHANGE
+    ]
+    if differing:
+        lines = "".join(f"\n  {n}: begun with {before.get(n)!r}, this run asks for {now.get(n)!r}" for n in differing)
+        raise CacheMismatchError(
+            f"{output} holds a run with other settings:{lines}",
+            hint="use another --output, or --no-resume to begin anew",
+        )
+
+
+def _check_caches(reader: CacheReader, eval_reader: CacheReader | None, options: TrainOptions) -> None:
+    from kdcache.targets import temperature_index
+
+    for one in (reader, eval_reader):
+        if one is not None and options.alpha > 0 and one.spec.targets.scheme != "hidden":
+            temperature_index(one.temperatures, options.temperature)
+    if not len(reader):
+        raise ConfigError(f"{reader.store}: the cache holds no sequences")
+    if eval_reader is not None and eval_reader.spec.tokenizer.digest != reader.spec.tokenizer.digest:
+        raise CacheMismatchError(
+            f"train and eval cache use different tokenizers: {reader.spec.tokenizer.digest[:12]} and "
+            f"{eval_reader.spec.tokenizer.digest[:12]}",
+            hint="dump the held-out text with the same teacher",
+        )
+    for index in range(0, len(reader), max(1, len(reader) // ALIGNMENT_SAMPLE)):
+        row = reader[index]
+        tolerance = 2 * reader.codec.logprob_error_bound(row.targets.label_logprobs)
+        check_alignment(row.sequence, row.targets, f"sequence {index}", tolerance)
+
+
+def _warn_about_sizes(reader: CacheReader, num_parameters: int) -> None:
+    ratio = reader.spec.teacher.num_parameters / max(num_parameters, 1)
+    if ratio > 30:
+        logger.warning(
+            "the teacher is %.0f times the student; past about 30 a teacher of middle size in between often serves better",
+            ratio,
+        )
+
+
+def model_card(options: TrainOptions, results: dict[str, Any]) -> str:
+    """README.md of a student folder."""
+    cache, objective = results["cache"], results["objective"]
+    rows = [
+        ("teacher", f"`{cache['teacher']}` (digest `{cache['teacher_digest'][:12]}`)"),
+        ("cache", f"fingerprint `{cache['fingerprint']}`, {cache['num_positions']:,} tokens of `{cache['dataset']}`"),
+        (
+            "loss",
+            f"(1 - {objective['alpha']:g}) CE + {objective['alpha']:g} T² {objective['loss']}, T = {objective['temperature']:g}",
+        ),
+        ("steps", f"{results['steps']:,} ({results['train_tokens']:,} tokens), seed {results['seed']}"),
+        *(
+            (name.removeprefix("eval_"), f"{results[name]:.4f} (held out)")
+            for name in results
+            if name.startswith("eval_")
+        ),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [knowledge-distillation, kdcache]
+---
+
+# {Path(options.output).name}
+
+A student of {results["num_parameters"]:,} parameters, distilled offline with kdcache:
+its teacher was run once, and was not present when the student was trained.
+
+| | |
+|---|---|
+{table}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{Path(options.output).name}")
+tokenizer = AutoTokenizer.from_pretrained("{Path(options.output).name}")
+```
+
+The exact options stand in `train-student.yaml`, versions and device in `train-student.provenance.json`.
+"""

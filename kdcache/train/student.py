@@ -1,0 +1,227 @@
+"""A student model: loaded, cut out of a teacher, or random in a given shape; held against the cache before it trains."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdcache.cache.manifest import TokenizerSpec
+from kdcache.cache.reader import CacheReader
+from kdcache.corpus import load_rows
+from kdcache.errors import CacheMismatchError, ConfigError, ModelError
+from kdcache.models import (
+    describe_tokenizer,
+    find_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    parse_dtype,
+    quiet_progress,
+    trunk_of,
+)
+from kdcache.train.options import InitOptions
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+def check_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, reader: CacheReader) -> None:
+    """Refuse a student that does not speak the cache's tokens.
+
+    Raises:
+        CacheMismatchError: Another tokenizer, or fewer embeddings than the cache has tokens; both values named.
+    """
+    student, cached = describe_tokenizer(tokenizer), reader.spec.tokenizer
+    if student.digest != cached.digest:
+        raise CacheMismatchError(
+            f"cache and student use different tokenizers: cache {cached.digest[:12]} ({cached.num_tokens} tokens), student "
+            f"{student.digest[:12]} ({student.num_tokens} tokens): {_tokenizer_difference(student, cached)}",
+            hint="make the student with kdcache init-student, which copies the teacher's tokenizer, or dump a teacher that "
+            "has the student's",
+        )
+    width = model.get_input_embeddings().weight.shape[0]
+    if width < reader.vocab_size:
+        raise CacheMismatchError(
+            f"the cache has {reader.vocab_size} tokens, the student's embedding only {width} rows",
+            hint=f"student.resize_token_embeddings({reader.vocab_size})",
+        )
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and context < reader.spec.corpus.seq_len:
+        raise CacheMismatchError(
+            f"the cache has sequences of up to {reader.spec.corpus.seq_len} tokens, the student's context is {context}",
+            hint="use a student with a longer context, or dump with a smaller --seq-len",
+        )
+
+
+def _tokenizer_difference(student: TokenizerSpec, cached: TokenizerSpec) -> str:
+    if student.vocab_digest == cached.vocab_digest:
+        return "same vocabulary, but they cut text differently"
+    if student.num_tokens == cached.num_tokens:
+        return "same size, different map"
+    longer = "student" if student.num_tokens > cached.num_tokens else "cache"
+    return f"the {longer}'s has {abs(student.num_tokens - cached.num_tokens)} tokens more"
+
+
+def init_student(options: InitOptions) -> dict[str, Any]:
+    """Write a student folder.
+
+    Returns:
+        What it is: number of parameters, layers kept or shape.
+
+    Raises:
+        ConfigError: Neither or both of ``layers`` and ``shape``, or a shape that the family does not know.
+    """
+    if (options.layers is None) == (options.shape is None):
+        raise ConfigError(
+            "one of --layers and --shape is needed",
+            hint="--layers 8 keeps 8 of the teacher's layers; --shape hidden_size=256 begins with random weights",
+        )
+    source = find_model(options.from_)
+    tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
+    about: dict[str, Any]
+    if options.shape is not None:
+        model, about = _random_student(options), {"init": "random", "shape": options.shape}
+    else:
+        dtype = parse_dtype(options.dtype, load_config(source, trust_remote_code=options.trust_remote_code))
+        model = load_model(source, dtype=dtype, trust_remote_code=options.trust_remote_code)
+        kept = _cut_layers(model, tokenizer, options)
+        about = {"init": "layers", "layers": kept}
+    with quiet_progress():
+        model.save_pretrained(options.output)
+    tokenizer.save_pretrained(options.output)
+    about |= {
+        "teacher": options.from_,
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "seed": options.seed,
+    }
+    (Path(options.output) / "kdcache_init.json").write_text(json.dumps(about, indent=2) + "\n")
+    return about
+
+
+# --- random -----------------------------------------------------------------------------------------------------------
+
+
+def _random_student(options: InitOptions) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM, set_seed
+
+    assert options.shape is not None
+    source = find_model(options.from_)
+    config = load_config(source, trust_remote_code=options.trust_remote_code)
+    known = [name for name in config.to_dict() if not name.startswith("_")]
+    for name in options.shape:
+        if name not in known and not hasattr(config, name):
+            close = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError(
+                f"--shape {name}: a {config.model_type} config has no such field",
+                hint=f"did you mean {close[0]}?" if close else "known are " + ", ".join(sorted(known)),
+            )
+    for name, value in options.shape.items():
+        setattr(config, name, value)
+    if "head_dim" not in options.shape and getattr(config, "head_dim", None) and "hidden_size" in options.shape:
+        config.head_dim = config.hidden_size // config.num_attention_heads
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: config.num_hidden_layers]
+    set_seed(options.seed)
+    try:
+        model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, RuntimeError, ZeroDivisionError, TypeError) as error:
+        raise ConfigError(f"--shape {options.shape}: no such {config.model_type} model: {error}") from error
+    return model.to(parse_dtype(options.dtype, config))
+
+
+# --- cut out of the teacher -------------------------------------------------------------------------------------------
+
+
+def _cut_layers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: InitOptions) -> list[int]:
+    layers_name, layers = _find_layers(model)
+    assert options.layers is not None
+    if options.layers > len(layers):
+        raise ConfigError(f"--layers {options.layers}: the teacher has {len(layers)}")
+    distances = _angular_distances(model, tokenizer, options, len(layers) - options.layers)
+    kept = keep_layers(distances, len(layers), options.layers)
+    import torch
+
+    chosen = torch.nn.ModuleList([layers[i] for i in kept])
+    parent = model.get_submodule(layers_name.rpartition(".")[0])
+    setattr(parent, layers_name.rpartition(".")[2], chosen)
+    for index, layer in enumerate(chosen):
+        for module in layer.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                setattr(module, "layer_idx", index)  # noqa: B010 - typed as a submodule
+    config = model.config.get_text_config()
+    config.num_hidden_layers = len(kept)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i] for i in kept]
+    return kept
+
+
+def keep_layers(distances: Sequence[float], num_layers: int, num_kept: int) -> list[int]:
+    """Layers that stay when the block that changes its input least is taken out; the last layer always stays.
+
+    Gromov et al. 2403.17887, section 4: remove the n layers from l on that minimise the angular distance between the inputs
+    of layer l and of layer l + n.
+
+    Args:
+        distances: For each possible start l of the block, the distance between the inputs of layers l and l + n.
+        num_layers: Layers of the teacher.
+        num_kept: Layers of the student.
+    """
+    num_removed = num_layers - num_kept
+    if num_removed == 0:
+        return list(range(num_layers))
+    start = min(range(len(distances)), key=lambda i: distances[i])
+    return [i for i in range(num_layers) if not start <= i < start + num_removed]
+
+
+def _angular_distances(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: InitOptions, num_removed: int
+) -> list[float]:
+    """``arccos(cos(x_l, x_{l+n})) / pi`` of the residual stream, mean over tokens, for each start l that spares the last layer."""
+    import torch
+
+    input_ids = _calibration_ids(tokenizer, options)
+    with torch.inference_mode():
+        states = trunk_of(model)(input_ids=input_ids, use_cache=False, output_hidden_states=True).hidden_states
+    num_layers = len(states) - 1
+    distances = []
+    for start in range(num_layers - num_removed):
+        before, after = states[start].double().flatten(0, 1), states[start + num_removed].double().flatten(0, 1)
+        cosine = torch.nn.functional.cosine_similarity(before, after, dim=1).clamp(-1, 1)
+        distances.append(float((cosine.arccos() / torch.pi).mean()))
+    return distances
+
+
+def _calibration_ids(tokenizer: PreTrainedTokenizerBase, options: InitOptions) -> torch.Tensor:
+    import torch
+
+    rows = load_rows(options.calibration, "train")
+    if "text" not in rows.column_names:
+        raise ConfigError(f"--calibration {options.calibration}: a text column was expected, found {rows.column_names}")
+    length = 512
+    ids: list[int] = []
+    for row in rows:
+        ids.extend(tokenizer(row["text"])["input_ids"])
+        if len(ids) >= options.calibration_tokens:
+            break
+    length = min(length, len(ids))
+    count = max(1, min(len(ids), options.calibration_tokens) // length)
+    return torch.tensor(ids[: count * length]).view(count, length)
+
+
+def _find_layers(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
+    import torch
+
+    number = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == number:
+            return name, module
+    raise ModelError(f"{type(model).__name__}: no list of {number} layers was found to choose from")

@@ -1,0 +1,179 @@
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+
+from kdcache.cache import store as store_module
+from kdcache.cache.store import LocalStore, hostname, is_running
+from kdcache.errors import CacheNotFoundError, StoreError
+from tests.strategies import all_files
+
+HEX = "0" * 32
+
+
+@pytest.fixture
+def store(tmp_path):
+    return LocalStore(tmp_path / "cache")
+
+
+def dead_pid():
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    return child.pid
+
+
+def test_the_first_writer_wins(store):
+    assert store.put_if_absent("commits/00000.json", b"first")
+    assert not store.put_if_absent("commits/00000.json", b"second")
+    assert store.read("commits/00000.json") == b"first"
+
+
+def test_put_if_absent_leaves_no_temporary_file(store):
+    store.put_if_absent("a/b.json", b"1")
+    store.put_if_absent("a/b.json", b"2")
+    store.replace("a/b.json", b"3")
+    assert all_files(store.root) == {"a/b.json": b"3"}
+
+
+def test_a_race_lost_at_the_link_leaves_no_temporary_file(store, monkeypatch):
+    real = os.link
+
+    def a_peer_is_faster(source, target):
+        target.write_bytes(b"peer")
+        real(source, target)
+
+    monkeypatch.setattr(os, "link", a_peer_is_faster)
+    assert not store.put_if_absent("x.json", b"mine")
+    assert all_files(store.root) == {"x.json": b"peer"}
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP])
+def test_a_file_system_without_hard_links(store, monkeypatch, code):
+    def no_links(source, target):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "link", no_links)
+    with pytest.raises(StoreError, match="no hard links"):
+        store.put_if_absent("x.json", b"1")
+    assert all_files(store.root) == {}
+
+
+def test_no_space(store, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match="cannot write 3 bytes \\(No space left on device\\)") as caught:
+        store.put_if_absent("x.json", b"abc")
+    assert "run the same command again" in caught.value.hint
+    assert all_files(store.root) == {}
+
+
+def test_data_are_on_disk_before_the_name_is(store, monkeypatch):
+    order = []
+    for name in ("fsync", "link"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, name=name, real=real: (order.append(name), real(*a))[1])
+    store.put_if_absent("x.json", b"abc")
+    assert order == ["fsync", "link", "fsync"]
+
+
+def test_replace_publishes_whole(store):
+    store.replace("manifest.json", b"a" * 100)
+    store.replace("manifest.json", b"b")
+    assert store.read("manifest.json") == b"b"
+
+
+def test_what_is_not_there(store):
+    assert not store.exists("plan.json")
+    assert store.list("commits") == []
+    store.delete("plan.json")
+    for ask in (lambda: store.read("plan.json"), lambda: store.map("plan.json", 3)):
+        with pytest.raises(CacheNotFoundError, match=r"plan\.json does not exist"):
+            ask()
+
+
+def test_a_file_where_a_folder_is_expected(store):
+    store.put_if_absent("commits", b"")
+    with pytest.raises(CacheNotFoundError):
+        store.read("commits/00000.json")
+    with pytest.raises(CacheNotFoundError):
+        store.map("commits/00000.json", 1)
+
+
+def test_a_folder_where_a_file_is_expected(store):
+    store.put_if_absent("commits/00000.json/x", b"")
+    with pytest.raises(StoreError, match="cannot read"):
+        store.read("commits/00000.json")
+    with pytest.raises(StoreError, match="cannot read"):
+        store.map("commits/00000.json", 1)
+    assert not store.exists("commits/00000.json")
+
+
+def test_map_holds_the_size_against_the_file(store):
+    store.put_if_absent("x", b"abc")
+    assert bytes(store.map("x", 3)) == b"abc"
+    for size in (2, 4):
+        with pytest.raises(StoreError, match=f"{size} bytes were committed, found 3"):
+            store.map("x", size)
+    store.put_if_absent("empty", b"")
+    with pytest.raises(StoreError):
+        store.map("empty", 0)
+
+
+def test_a_map_cannot_be_written(store):
+    store.put_if_absent("x", b"abc")
+    with pytest.raises(TypeError):
+        store.map("x", 3)[0] = 0
+
+
+def test_list_is_sorted(store):
+    for name in ("c", "a", "b"):
+        store.put_if_absent(f"shards/{name}", b"")
+    assert store.list("shards") == ["a", "b", "c"]
+
+
+def test_only_what_dead_writers_left_is_removed(store):
+    names = {
+        "dead": f"{hostname()}~{dead_pid()}~{HEX}",
+        "alive": f"{hostname()}~{os.getpid()}~{HEX}",
+        "elsewhere": f"another-host~{dead_pid()}~{HEX}",
+        "not ours": "notes.txt",
+    }
+    for name in names.values():
+        store.put_if_absent(f"tmp/{name}", b"")
+    assert store.remove_abandoned() == 1
+    assert set(store.list("tmp")) == set(names.values()) - {names["dead"]}
+
+
+def test_the_temporary_folder_goes_when_it_is_empty(store):
+    store.put_if_absent(f"tmp/{hostname()}~{dead_pid()}~{HEX}", b"")
+    store.remove_abandoned()
+    assert not (store.root / "tmp").exists()
+    assert store.remove_abandoned() == 0
+
+
+def test_tidying_survives_a_peer_that_tidies_too(store, monkeypatch):
+    store.put_if_absent("x", b"")
+    real = store_module.Path.rmdir
+
+    def both(path):
+        real(path)
+        real(path)
+
+    monkeypatch.setattr(store_module.Path, "rmdir", both)
+    store.remove_abandoned()
+    assert not (store.root / "tmp").exists()
+
+
+def test_hostname_fits_a_file_name(monkeypatch):
+    monkeypatch.setattr(store_module.socket, "gethostname", lambda: "a/b~c d.example")
+    assert hostname() == "a-b-c-d.example"
+
+
+def test_is_running():
+    assert is_running(os.getpid())
+    assert not is_running(dead_pid())
+    assert not is_running(10**30)

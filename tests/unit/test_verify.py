@@ -1,0 +1,166 @@
+import json
+
+import pytest
+
+from kdcache.cache.commit import commit_name, commit_shard, publish_plan, read_commits, seal, shard_name, table_name
+from kdcache.cache.manifest import signed_json
+from kdcache.cache.shard import ShardBuilder, digest
+from kdcache.cache.store import LocalStore
+from kdcache.cache.verify import verify_cache
+from kdcache.errors import CacheNotFoundError
+from kdcache.targets import TokenSequence
+from tests.strategies import build_shard, make_plan, make_row, put_shard, write_cache
+
+PLAN = make_plan()
+
+
+@pytest.fixture
+def store(tmp_path):
+    return write_cache(tmp_path)
+
+
+def shard_file(shard):
+    return shard_name(shard, digest(build_shard(PLAN, shard)[0]))
+
+
+def flip(store, name, position=None):
+    data = bytearray(store.read(name))
+    data[len(data) // 2 if position is None else position] ^= 1
+    store.replace(name, bytes(data))
+
+
+def only_problem(store, **options):
+    audit = verify_cache(store, **options)
+    assert not audit.intact
+    (problem,) = audit.problems
+    return problem
+
+
+@pytest.mark.parametrize("codec", ["exact", "packed"])
+@pytest.mark.parametrize("deep", [True, False])
+def test_a_whole_cache(tmp_path, codec, deep):
+    seen = []
+    audit = verify_cache(write_cache(tmp_path, make_plan(codec__name=codec)), deep=deep, on_shard=seen.append)
+    assert audit.intact and not audit.missing
+    assert (audit.num_shards, audit.num_verified, audit.num_sequences) == (4, 4, 10)
+    assert seen == [1, 2, 3, 4]
+
+
+def test_an_unfinished_cache_is_intact(tmp_path):
+    store = LocalStore(tmp_path)
+    publish_plan(store, PLAN)
+    put_shard(store, PLAN, 2)
+    audit = verify_cache(store)
+    assert audit.intact and audit.missing == [0, 1, 3] and audit.num_verified == 1
+
+
+def test_no_cache_here(tmp_path):
+    with pytest.raises(CacheNotFoundError):
+        verify_cache(LocalStore(tmp_path))
+
+
+def test_a_flipped_bit_is_named_by_shard(store):
+    flip(store, shard_file(2))
+    assert only_problem(store).startswith("shard 00002: digest")
+    assert verify_cache(store).num_verified == 3
+
+
+def test_every_damaged_shard_is_named(store):
+    flip(store, shard_file(1))
+    flip(store, shard_file(3))
+    assert [problem[:11] for problem in verify_cache(store, deep=False).problems] == ["shard 00001", "shard 00003"]
+
+
+def test_a_missing_shard_file(store):
+    store.delete(shard_file(0))
+    assert only_problem(store).startswith("shard 00000: ")
+
+
+def test_a_missing_commit(store):
+    store.delete(commit_name(1))
+    audit = verify_cache(store)
+    assert audit.missing == [1]
+    assert audit.problems == ["manifest.json does not follow from the commits; remove it and run the dump again"]
+
+
+def test_a_missing_manifest_is_only_unsealed(store):
+    store.delete("manifest.json")
+    assert verify_cache(store).intact
+    assert seal(store).sealed
+
+
+@pytest.mark.parametrize("name", ["plan.json", "manifest.json", "commits/00001.json"])
+def test_a_record_spelled_otherwise(store, name):
+    """Same content, other bytes: no damage to the meaning, but not what was written."""
+    fields = json.loads(store.read(name))
+    store.replace(name, json.dumps(fields, indent=1).encode())
+    problem = only_problem(store)
+    assert name in problem
+
+
+def test_wrong_statistics_in_the_manifest(store):
+    fields = json.loads(store.read("manifest.json"))
+    del fields["record_digest"]
+    fields["stats"]["num_targets"] += 1
+    store.replace("manifest.json", signed_json(fields))
+    assert "does not follow from the commits" in only_problem(store)
+
+
+def test_a_commit_of_another_shard_with_a_valid_digest(store):
+    """Commit 1 names the bytes of shard 2, and they are there under that name."""
+    fields = json.loads(store.read(commit_name(2)))
+    del fields["record_digest"]
+    fields["shard"] = 1
+    store.replace(commit_name(1), signed_json(fields))
+    store.put_if_absent(shard_name(1, fields["digest"]), store.read(shard_file(2)))
+    store.delete("manifest.json")
+    assert only_problem(store).startswith("shard 00001: schema or origin differ")
+
+
+def commit_rows(store, rows):
+    builder = ShardBuilder(PLAN.spec.make_codec(), PLAN.fingerprint, 0)
+    for sequence, targets in rows:
+        builder.add(sequence, targets)
+    commit_shard(store, PLAN, 0, memoryview(builder.finish()), build_shard(PLAN, 0)[1], worker="w", seconds=0.0)
+
+
+def test_misaligned_targets_are_named_by_sequence(tmp_path):
+    store = LocalStore(tmp_path)
+    publish_plan(store, PLAN)
+    rows = [make_row(PLAN, i) for i in PLAN.spec.rows(0)]
+    sequence, targets = rows[1]
+    mask = sequence.target_mask
+    ids = sequence.input_ids.copy()
+    ids[1:][mask[:-1]] = (ids[1:][mask[:-1]] + 1) % 300
+    rows[1] = (TokenSequence(ids, sequence.loss_mask, sequence.document_starts), targets)
+    commit_rows(store, rows)
+    assert only_problem(store).startswith("shard 00000, sequence 1: targets and tokens are not aligned")
+    assert verify_cache(store, deep=False).intact
+
+
+def test_a_head_that_is_gone(tmp_path):
+    store = LocalStore(tmp_path)
+    publish_plan(store, PLAN)
+    data, stats = build_shard(PLAN, 0)
+    store.put_if_absent(table_name(digest(b"head")), b"head")
+    commit_shard(store, PLAN, 0, data, stats, worker="w", seconds=0.0, head_digest=digest(b"head"))
+    assert verify_cache(store).intact
+    store.replace(table_name(digest(b"head")), b"Head")
+    assert "the head has digest" in only_problem(store)
+    store.delete(table_name(digest(b"head")))
+    assert "does not exist" in only_problem(store)
+
+
+def test_rows_that_carry_another_name(tmp_path, monkeypatch):
+    store = LocalStore(tmp_path)
+    publish_plan(store, PLAN)
+    monkeypatch.setattr("kdcache.cache.shard.sequence_id", lambda shard, row: 7)
+    put_shard(store, PLAN, 0)
+    assert "shard 00000, sequence 0: found the sequence id 7" in only_problem(store)
+
+
+def test_verifying_changes_nothing(store):
+    before = [store.read(f"shards/{name}") for name in store.list("shards")]
+    verify_cache(store)
+    assert [store.read(f"shards/{name}") for name in store.list("shards")] == before
+    assert len(read_commits(store)) == 4
