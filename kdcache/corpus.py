@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import xxhash
 
-from kdcache.cache.manifest import CorpusSpec
 from kdcache.errors import CorpusError
+from kdcache.specs import CorpusSpec
 from kdcache.targets import TokenSequence
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from kdcache.cache.manifest import TokenizerSpec, canonical_json
 from kdcache.errors import ModelError
+from kdcache.specs import TokenizerSpec, canonical_json
 
 if TYPE_CHECKING:
     import torch
@@ -312,7 +312,7 @@ class OutputHead:
 
 def trunk_of(model: PreTrainedModel) -> torch.nn.Module:
     """The model without its output head."""
-    trunk = getattr(model, model.base_model_prefix, None)
+    trunk: torch.nn.Module | None = getattr(model, model.base_model_prefix, None)
     if trunk is None or trunk is model:
         raise ModelError(f"{type(model).__name__} has no trunk apart from its output head")
     return trunk
@@ -341,7 +341,8 @@ def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor, position_ids:
     the documents apart.
     """
     out = trunk_of(model)(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-    return out.last_hidden_state
+    hidden_BTD: torch.Tensor = out.last_hidden_state
+    return hidden_BTD
 
 
 def split_is_exact(model: PreTrainedModel) -> bool:

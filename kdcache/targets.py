@@ -160,7 +160,7 @@ def rescale_entries(scores: FloatArray, tail_logprobs: FloatArray, num_entries: 
     log_sum = np.log(np.add.reduceat(np.exp(shifted), starts))
     with np.errstate(divide="ignore"):
         log_head = np.log(-np.expm1(tail_logprobs[kept].astype(np.float64)))
-    return (shifted - np.repeat(log_sum - log_head, counts)).astype(np.float32)
+    return np.asarray(shifted - np.repeat(log_sum - log_head, counts), dtype=np.float32)
 
 
 def temperature_index(temperatures: tuple[float, ...], temperature: float) -> int:

@@ -182,7 +182,7 @@ class Codec:
             return np.full_like(logprobs, 1e-5)
         step = np.minimum(self.step * np.exp(LEVEL_GROWTH * (-logprobs + LEVEL_MAX_STEP)), LEVEL_MAX_STEP)
         shift = 0.65 * np.minimum(self.step * (self.max_entries * np.exp(-logprobs)) ** LEVEL_GROWTH, LEVEL_MAX_STEP)
-        return (1.5 * step + shift + TAIL_ERROR).astype(np.float32)
+        return np.asarray(1.5 * step + shift + TAIL_ERROR, dtype=np.float32)
 
     def tables(self) -> tuple[FloatArray | None, FloatArray | None]:
         """Value table ``[256]`` and tail table ``[num_temperatures, 256]`` of this codec's compact targets, or None."""
@@ -342,7 +342,7 @@ def _ids_from_gaps(gaps: npt.NDArray[np.int64], num_entries: UIntArray, where: s
     ids = running - np.repeat(before, counts) - 1
     if len(ids) and int(ids.max()) > np.iinfo(np.uint32).max:
         raise CacheCorruptError(f"{where}, id_symbols: token ids past 2^32")
-    return ids.astype(np.uint32)
+    return np.asarray(ids, dtype=np.uint32)
 
 
 def _encode_gaps(gaps: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8], UIntArray]:

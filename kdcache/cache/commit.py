@@ -215,7 +215,7 @@ def _is_stale(store: LocalStore, name: str, now: float) -> bool:
         host, pid, expires = str(about["host"]), int(about["pid"]), float(about["expires"])
     except CacheNotFoundError:
         return True
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return True
     return expires < now or (host == hostname() and not is_running(pid))
 

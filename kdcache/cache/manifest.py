@@ -13,12 +13,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from kdcache.cache.codec import Codec
 from kdcache.errors import CacheCorruptError, CacheFormatError, CacheMismatchError
+from kdcache.specs import (
+    CodecSpec,
+    ComputeSpec,
+    CorpusSpec,
+    Count,
+    Digest,
+    Positive,
+    Record,
+    TargetSpec,
+    TeacherSpec,
+    TokenizerSpec,
+    canonical_json,
+)
 
 FORMAT_VERSION = 1
 RECORD_DIGEST = "record_digest"
@@ -27,82 +40,8 @@ NAMES_ONLY = ("teacher.name", "corpus.dataset")
 
 RecordT = TypeVar("RecordT", bound=BaseModel)
 
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-Count = Annotated[int, Field(ge=0, lt=1 << 62)]
-Positive = Annotated[int, Field(gt=0, lt=1 << 62)]
 
-
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class TeacherSpec(_Record):
-    """The teacher and its numbers. ``digest`` is of config and weights; ``vocab_size`` leaves padded rows out."""
-
-    name: str
-    digest: Digest
-    dtype: str
-    attention: str
-    vocab_size: Annotated[int, Field(gt=0, le=1 << 32)]
-    hidden_size: Positive
-    num_parameters: Positive
-
-
-class TokenizerSpec(_Record):
-    """The tokenizer's content: vocabulary, behaviour on a fixed text, chat template."""
-
-    digest: Digest
-    vocab_digest: Digest
-    num_tokens: Positive
-    chat_template: Digest | None
-
-
-class CorpusSpec(_Record):
-    """Rows and how they become sequences. ``digest`` is of the source's bytes or revision."""
-
-    dataset: str
-    digest: Digest
-    split: str
-    num_rows: Positive
-    columns: Literal["text", "prompt_completion", "messages"]
-    text_column: str
-    seq_len: Annotated[int, Field(ge=2, le=1 << 24)]
-    packing: bool
-    append_eos: bool
-    assistant_only: bool
-
-
-class TargetSpec(_Record):
-    """What is kept of the teacher's distributions."""
-
-    scheme: Literal["top_k", "hidden"]
-    k: Annotated[int, Field(ge=0, le=1 << 20)]
-    temperatures: Annotated[tuple[Annotated[float, Field(gt=0, le=1000)], ...], Field(min_length=1, max_length=16)]
-
-    @model_validator(mode="after")
-    def _first_is_one(self) -> Self:
-        if self.temperatures[0] != 1.0 or len(set(self.temperatures)) < len(self.temperatures):
-            raise ValueError("temperatures begin with 1 and do not repeat")
-        return self
-
-
-class CodecSpec(_Record):
-    """How targets are stored; with teacher and targets it gives a :class:`~kdcache.cache.codec.Codec`."""
-
-    name: Literal["exact", "packed"]
-    step: Annotated[float, Field(gt=0, le=1)]
-
-
-class ComputeSpec(_Record):
-    """What else moves the last bits: device kind, intra-op threads of a worker, batch composition, head chunk."""
-
-    device: str
-    threads: Positive
-    batch_tokens: Positive
-    chunk_positions: Positive
-
-
-class CacheSpec(_Record):
+class CacheSpec(Record):
     """Everything that decides the bytes of the shards."""
 
     teacher: TeacherSpec
@@ -149,16 +88,16 @@ class CacheSpec(_Record):
         )
 
 
-class Plan(_Record):
+class Plan(Record):
     """``plan.json``. ``environment`` (library versions) is recorded for the reader and does not count."""
 
     format_version: Literal[1] = 1
     spec: CacheSpec
     fingerprint: Digest
-    environment: dict[str, str] = {}
+    environment: dict[str, str] = Field(default_factory=dict)
 
 
-class ShardStats(_Record):
+class ShardStats(Record):
     """Sums over a shard; the ``sum_*`` are in nats or probability over the targets."""
 
     num_sequences: Count
@@ -170,7 +109,7 @@ class ShardStats(_Record):
     sum_label_nll: float
 
 
-class Commit(_Record):
+class Commit(Record):
     """``commits/NNNNN.json``: makes a shard count. Names a digest, never a path."""
 
     format_version: Literal[1] = 1
@@ -186,7 +125,7 @@ class Commit(_Record):
     batch_splits: Count = 0
 
 
-class ShardTable(_Record):
+class ShardTable(Record):
     """The committed shards, column by column, in order of their numbers."""
 
     shard: list[Count]
@@ -201,7 +140,7 @@ class ShardTable(_Record):
         return self
 
 
-class Manifest(_Record):
+class Manifest(Record):
     """``manifest.json``: plan and commits reduced to one file. Derived, never accumulated; without who and when."""
 
     format_version: Literal[1] = 1
@@ -257,11 +196,6 @@ def differing_fields(old: CacheSpec, new: CacheSpec) -> list[tuple[str, Any, Any
         for name in sorted(before.keys() | after.keys())
         if before.get(name) != after.get(name)
     ]
-
-
-def canonical_json(value: Any) -> bytes:
-    """The one spelling of a value: sorted keys, no spaces."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def to_json(record: BaseModel) -> bytes:

@@ -10,16 +10,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from kdcache.cache.commit import current_manifest, publish_plan, read_plan
-from kdcache.cache.manifest import (
-    CacheSpec,
-    CodecSpec,
-    ComputeSpec,
-    CorpusSpec,
-    Manifest,
-    Plan,
-    TargetSpec,
-    TeacherSpec,
-)
+from kdcache.cache.manifest import CacheSpec, Manifest, Plan
 from kdcache.cache.store import LocalStore
 from kdcache.config import library_versions
 from kdcache.corpus import detect_columns, load_rows, mean_row_tokens, source_digest
@@ -34,6 +25,7 @@ from kdcache.models import (
     parse_dtype,
     pick_device,
 )
+from kdcache.specs import CodecSpec, ComputeSpec, CorpusSpec, TargetSpec, TeacherSpec
 
 if TYPE_CHECKING:
     from datasets import Dataset

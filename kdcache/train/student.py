@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcache.cache.manifest import TokenizerSpec
 from kdcache.cache.reader import CacheReader
 from kdcache.corpus import load_rows
 from kdcache.errors import CacheMismatchError, ConfigError, ModelError
@@ -23,6 +22,7 @@ from kdcache.models import (
     quiet_progress,
     trunk_of,
 )
+from kdcache.specs import TokenizerSpec
 from kdcache.train.options import InitOptions
 
 if TYPE_CHECKING:

@@ -85,7 +85,9 @@ def test_error_bound_holds_for_heads_made_to_break_it():
         which[::2], which[:, 0] = 2, 0  # one entry, and many that share a rounding error
         logp = log_softmax(np.take_along_axis(three, which, 1)) + np.log1p(-tail)[:, None]
         base = targets_from_logits(np.zeros((n, k)), np.zeros(n, int), k, temperatures=(1.0,))
-        targets = changed(base, logprobs=logp.ravel().astype(np.float32), tail_logprobs=np.log(tail)[:, None].astype("f4"))
+        targets = changed(
+            base, logprobs=logp.ravel().astype(np.float32), tail_logprobs=np.log(tail)[:, None].astype("f4")
+        )
         codec = Codec("packed", k, (1.0,), k)
         error = np.abs(through(codec, targets).logprobs - targets.logprobs)
         assert (error <= codec.logprob_error_bound(targets.logprobs)).all()
@@ -139,7 +141,9 @@ def test_packed_scalars_are_close():
     out = through(codec, targets)
     np.testing.assert_allclose(out.logz, targets.logz, rtol=1e-3)
     assert np.abs(out.entropy - targets.entropy).max() <= np.log(300) / 255 / 2 + 1e-5
-    assert (np.abs(out.label_logprobs - targets.label_logprobs) <= codec.logprob_error_bound(targets.label_logprobs)).all()
+    assert (
+        np.abs(out.label_logprobs - targets.label_logprobs) <= codec.logprob_error_bound(targets.label_logprobs)
+    ).all()
 
 
 def test_packed_tails_are_close_at_every_temperature():

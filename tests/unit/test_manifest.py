@@ -8,7 +8,6 @@ from kdcache.cache.manifest import (
     Manifest,
     Plan,
     ShardStats,
-    canonical_json,
     derive_manifest,
     differing_fields,
     parse,
@@ -16,6 +15,7 @@ from kdcache.cache.manifest import (
     to_json,
 )
 from kdcache.errors import CacheCorruptError, CacheFormatError, CacheMismatchError
+from kdcache.specs import canonical_json
 from tests.strategies import DIGEST, make_plan, make_spec
 
 
@@ -214,7 +214,13 @@ def test_row_ranges_cover_the_corpus_once(num_rows, per_shard):
 
 def test_make_codec():
     codec = make_spec(codec__step=0.1).make_codec()
-    assert (codec.name, codec.vocab_size, codec.max_entries, codec.step, codec.hidden_size) == ("packed", 300, 8, 0.1, 0)
+    assert (codec.name, codec.vocab_size, codec.max_entries, codec.step, codec.hidden_size) == (
+        "packed",
+        300,
+        8,
+        0.1,
+        0,
+    )
     hidden = make_spec(targets__scheme="hidden", codec__name="exact", teacher__dtype="bfloat16").make_codec()
     assert (hidden.hidden_size, hidden.max_entries, hidden.hidden_dtype) == (16, 0, "bfloat16")
 

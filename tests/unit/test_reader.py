@@ -153,7 +153,9 @@ def test_a_shard_file_that_is_gone(store):
 def test_a_truncated_shard(store):
     data, _ = build_shard(PLAN, 1)
     store.replace(shard_name(1, digest(data)), bytes(data)[:-1])
-    with pytest.raises(CacheCorruptError, match=f"shard 00001: .*{len(data)} bytes were committed, found {len(data) - 1}"):
+    with pytest.raises(
+        CacheCorruptError, match=f"shard 00001: .*{len(data)} bytes were committed, found {len(data) - 1}"
+    ):
         open_cache(store.root)[3]
 
 

@@ -13,7 +13,12 @@ from tests.strategies import build_shard, make_plan, make_row
 
 def read(data, of=None, shard=1, **changes):
     of = of or make_plan()
-    arguments = {"plan": of.fingerprint, "shard": shard, "expected_digest": digest(memoryview(data)), "max_positions": 64}
+    arguments = {
+        "plan": of.fingerprint,
+        "shard": shard,
+        "expected_digest": digest(memoryview(data)),
+        "max_positions": 64,
+    }
     return ShardReader(data, of.spec.make_codec(), **{**arguments, **changes})
 
 
@@ -22,7 +27,9 @@ def rebuilt(change, **options):
     batch = pa.ipc.open_file(pa.py_buffer(build_shard(make_plan(), 1)[0])).get_batch(0)
     columns = {name: batch.column(i) for i, name in enumerate(batch.schema.names)}
     change(columns)
-    schema_ = pa.schema([pa.field(n, c.type, nullable=False) for n, c in columns.items()], metadata=batch.schema.metadata)
+    schema_ = pa.schema(
+        [pa.field(n, c.type, nullable=False) for n, c in columns.items()], metadata=batch.schema.metadata
+    )
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, schema_, **options) as writer:
         writer.write_batch(pa.RecordBatch.from_arrays(list(columns.values()), schema=schema_))
@@ -104,7 +111,9 @@ def test_one_target_for_each_label():
     plan = make_plan()
     builder = ShardBuilder(plan.spec.make_codec(), plan.fingerprint, 0)
     sequence, _ = make_row(plan, 0)
-    _, others = next(row for row in (make_row(plan, i) for i in range(1, 9)) if len(row[1]) != sequence.target_mask.sum())
+    _, others = next(
+        row for row in (make_row(plan, i) for i in range(1, 9)) if len(row[1]) != sequence.target_mask.sum()
+    )
     with pytest.raises(ValueError, match="one target"):
         builder.add(sequence, others)
 

@@ -223,7 +223,9 @@ def test_another_number_of_targets_is_caught():
     mask = sequence.loss_mask.copy()
     mask[np.flatnonzero(mask)[-1]] = False
     shorter = TokenSequence(sequence.input_ids, mask, sequence.document_starts)
-    with pytest.raises(CacheMismatchError, match=f"{len(targets) - 1} positions have a label, but there are {len(targets)}"):
+    with pytest.raises(
+        CacheMismatchError, match=f"{len(targets) - 1} positions have a label, but there are {len(targets)}"
+    ):
         check_alignment(shorter, targets, "x", tolerance(targets))
 
 

