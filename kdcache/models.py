@@ -437,7 +437,7 @@ def parse_dtype(name: str, config: Any = None) -> torch.dtype:
 
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name == "auto":
-        found = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.float32
+        found = (getattr(config, "dtype", None) if config is not None else None) or torch.float32
         return dtypes.get(str(found).removeprefix("torch."), torch.float32)
     if name not in dtypes:
         raise ModelError(f"dtype {name!r}: expected auto, {', '.join(dtypes)}")

@@ -64,5 +64,7 @@ def main(quiet: bool) -> None:
     kdcache dump-teacher  --teacher M --dataset D --output CACHE
     kdcache train-student --cache CACHE --student M --output DIR
     """  # noqa: D301 - click's mark for lines to leave alone
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries; ours become a line a minute
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("kdcache").setLevel(logging.WARNING if quiet else logging.INFO)

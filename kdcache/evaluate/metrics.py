@@ -102,7 +102,7 @@ class TeacherStates:
         labels = row.sequence.input_ids[1:][row.sequence.target_mask[:-1]].astype(np.int64)
         return (
             row.sequence,
-            torch.from_numpy(row.targets.hidden).to(self.device),
+            torch.tensor(row.targets.hidden).to(self.device),
             torch.from_numpy(labels).to(self.device),
         )
 

@@ -1,0 +1,303 @@
+"""Phase 2 as a whole: offline equals online (P2), controls (P3), resume, normalisation over ranks and accumulation."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kdcache.cache.commit import publish_plan, seal
+from kdcache.cache.reader import open_cache
+from kdcache.cache.store import LocalStore
+from kdcache.dump.launch import dump
+from kdcache.dump.options import DumpOptions
+from kdcache.errors import CacheIncompleteError, CacheMismatchError, ConfigError
+from kdcache.train.options import TrainOptions
+from kdcache.train.run import last_checkpoint, train
+from tests.conftest import VOCAB_SIZE, make_llama, texts
+from tests.online import live_distillation
+
+
+def make_cache(folder, teacher, corpus, **options):
+    given = {"seq_len": 64, "threads": 1, "batch_tokens": 512, "codec": "exact", "temperatures": (1.0, 2.0)}
+    dump(DumpOptions(teacher=teacher, dataset=corpus, output=str(folder), **(given | options)))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def full_cache(tmp_path_factory, tiny_teacher, corpus_file):
+    """Every token of the vocabulary kept: k = V."""
+    return make_cache(tmp_path_factory.mktemp("caches") / "full", tiny_teacher, corpus_file, top_k=VOCAB_SIZE)
+
+
+@pytest.fixture(scope="module")
+def hidden_cache(tmp_path_factory, tiny_teacher, corpus_file):
+    return make_cache(tmp_path_factory.mktemp("caches") / "hidden", tiny_teacher, corpus_file, targets="hidden")
+
+
+@pytest.fixture(scope="module")
+def top_cache(tmp_path_factory, tiny_teacher, corpus_file):
+    return make_cache(tmp_path_factory.mktemp("caches") / "top", tiny_teacher, corpus_file, top_k=16, codec="packed")
+
+
+def run(cache, student, output, **options):
+    given = {
+        "learning_rate": 3e-3, "lr_scheduler_type": "constant", "per_device_train_batch_size": 4, "max_steps": 6,
+        "logging_steps": 1, "training": {"optim": "adamw_torch", "dataloader_pin_memory": False},
+    }  # fmt: skip
+    merged = given | options
+    return train(TrainOptions(cache=cache, student=student, output=str(output), **merged))
+
+
+def losses(output):
+    return [r["loss"] for r in map(json.loads, (Path(output) / "metrics.jsonl").read_text().splitlines()) if "loss" in r]
+
+
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+
+
+@pytest.mark.parametrize("which", ["hidden_cache", "full_cache"])
+@pytest.mark.parametrize(("alpha", "temperature"), [(0.7, 1.0), (1.0, 2.0)])
+def test_offline_equals_online(request, tmp_path, tiny_teacher, tiny_student, which, alpha, temperature):
+    """P2: 50 steps from the cache follow 50 steps beside the live teacher."""
+    cache = request.getfixturevalue(which)
+    live, student = live_distillation(
+        tiny_teacher, tiny_student, open_cache(cache),
+        steps=50, alpha=alpha, temperature=temperature, batch_size=4, learning_rate=3e-3,
+    )  # fmt: skip
+    run(cache, tiny_student, tmp_path / "out", max_steps=50, alpha=alpha, temperature=temperature)
+    np.testing.assert_allclose(losses(tmp_path / "out"), live, rtol=0, atol=1e-5)
+    assert live[-1] < 0.9 * live[0], "it learned"
+    trained = weights(tmp_path / "out")
+    for name, value in student.state_dict().items():
+        torch.testing.assert_close(trained[name], value, rtol=0, atol=1e-4)
+
+
+def test_targets_rolled_by_one_are_refused(tmp_path, full_cache, tiny_student):
+    """P3: the label's logprob is the witness, before a single step is trained."""
+    broken = rewrite(full_cache, tmp_path / "rolled", lambda sequence, targets: (sequence, roll(targets)))
+    with pytest.raises(CacheMismatchError, match="not aligned"):
+        run(broken, tiny_student, tmp_path / "out")
+
+
+def test_targets_of_another_sequence_are_refused(tmp_path, full_cache, tiny_student):
+    """P3: sequences shuffled against their targets."""
+    reader = open_cache(full_cache)
+    sizes = [len(reader[i].targets) for i in range(len(reader))]
+    same = next(n for n in sizes if sizes.count(n) > 1)
+    a, b = [i for i, n in enumerate(sizes) if n == same][:2]
+    swapped = {a: b, b: a}
+    rows = iter(range(len(reader)))
+
+    def other(sequence, targets):
+        i = next(rows)
+        return sequence, reader[swapped.get(i, i)].targets
+
+    broken = rewrite(full_cache, tmp_path / "shuffled", other)
+    with pytest.raises(CacheMismatchError, match="not aligned"):
+        run(broken, tiny_student, tmp_path / "out")
+
+
+def rewrite(cache, folder, change):
+    """The cache again, committed like any other, with its rows changed."""
+    from kdcache.cache.commit import commit_shard, read_commits, read_plan
+    from kdcache.cache.shard import ShardBuilder
+
+    reader, store = open_cache(cache), LocalStore(folder)
+    plan = read_plan(reader.store)
+    publish_plan(store, plan)
+    for position, commit in enumerate(read_commits(reader.store)):
+        shard, builder = reader.open_shard(position), ShardBuilder(reader.codec, plan.fingerprint, commit.shard)
+        for row in range(len(shard)):
+            sequence = shard.sequence(row)
+            targets = shard.targets(row, int(sequence.target_mask.sum())).expand(reader.temperatures)
+            builder.add(*change(sequence, targets))
+        commit_shard(store, plan, commit.shard, memoryview(builder.finish()), commit.stats, worker="t", seconds=0.0)
+    seal(store)
+    return str(folder)
+
+
+def roll(targets):
+    """Everything the teacher said, one position late."""
+    import dataclasses
+
+    k = int(targets.num_entries[0])
+    moved = {
+        name: np.roll(getattr(targets, name), 1, axis=0)
+        for name in ("tail_logprobs", "logz", "label_logprobs", "entropy")
+    }
+    entries = {n: np.roll(getattr(targets, n).reshape(-1, k), 1, axis=0).ravel() for n in ("token_ids", "logprobs")}
+    return dataclasses.replace(targets, **moved, **entries)
+
+
+def test_another_tokenizer_is_refused(tmp_path, top_cache, tiny_student):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_student, other)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(other)
+    with pytest.raises(CacheMismatchError, match=r"different tokenizers.*1 tokens more") as caught:
+        run(top_cache, str(other), tmp_path / "out")
+    assert "init-student" in caught.value.hint
+
+
+def test_swapped_tokens_are_same_size_different_map(tmp_path, top_cache, tiny_student):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_student, other)
+    raw = json.loads((other / "tokenizer.json").read_text())
+    vocab = raw["model"]["vocab"]
+    a, b = "the", "cat"
+    a, b = (a, b) if a in vocab and b in vocab else list(vocab)[300:302]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    (other / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(CacheMismatchError, match="same size, different map"):
+        run(top_cache, str(other), tmp_path / "out")
+
+
+def test_padded_vocabulary_rows(tmp_path, top_cache):
+    """A student with more embedding rows than tokens trains; its padded rows are masked and keep their values."""
+    padded = make_llama(tmp_path / "padded", vocab_size=VOCAB_SIZE + 64, seed=3, hidden_size=16, num_hidden_layers=1)
+    before = weights(padded)["lm_head.weight"][VOCAB_SIZE:]
+    run(top_cache, padded, tmp_path / "out")
+    after = weights(tmp_path / "out")["lm_head.weight"]
+    torch.testing.assert_close(after[VOCAB_SIZE:], before, rtol=0, atol=0)
+    assert not torch.equal(after[:VOCAB_SIZE], weights(padded)["lm_head.weight"][:VOCAB_SIZE])
+
+
+def test_too_few_embedding_rows_are_refused(tmp_path, top_cache):
+    small = make_llama(tmp_path / "small", vocab_size=VOCAB_SIZE - 10, seed=3, hidden_size=16, num_hidden_layers=1)
+    with pytest.raises(CacheMismatchError, match=f"{VOCAB_SIZE} tokens"):
+        run(top_cache, small, tmp_path / "out")
+
+
+def test_undeclared_temperature_is_refused_with_the_list(tmp_path, top_cache, tiny_student):
+    with pytest.raises(ConfigError, match=r"temperature 3 is not declared.*1, 2"):
+        run(top_cache, tiny_student, tmp_path / "out", temperature=3.0)
+
+
+def test_an_unfinished_cache_is_refused(tmp_path, top_cache, tiny_student):
+    part = tmp_path / "part"
+    shutil.copytree(top_cache, part)
+    (part / "manifest.json").unlink()
+    sorted((part / "commits").iterdir())[-1].unlink()
+    with pytest.raises(CacheIncompleteError, match="shards are committed"):
+        run(str(part), tiny_student, tmp_path / "out")
+    run(str(part), tiny_student, tmp_path / "out", allow_incomplete=True, max_steps=1)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(1, 8), (2, 4), (4, 2)])
+def test_normalisation_under_accumulation(tmp_path_factory, tmp_path, top_cache, tiny_student, batch_size, accumulation):
+    """1 x 8 = 2 x 4 = 4 x 2 = 8 x 1, though micro-batches hold different numbers of targets."""
+    run(top_cache, tiny_student, tmp_path / "whole", per_device_train_batch_size=8)
+    run(
+        top_cache, tiny_student, tmp_path / "cut",
+        per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation,
+    )  # fmt: skip
+    np.testing.assert_allclose(losses(tmp_path / "cut"), losses(tmp_path / "whole"), rtol=0, atol=2e-5)
+
+
+def test_normalisation_over_ranks(tmp_path, top_cache, tiny_student):
+    """Two ranks under torchrun follow one process with the same global batch."""
+    run(top_cache, tiny_student, tmp_path / "one", per_device_train_batch_size=8)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"train-student: {{cache: {top_cache}, student: {tiny_student}, output: {tmp_path / 'two'}, learning_rate: 0.003, "
+        "lr_scheduler_type: constant, per_device_train_batch_size: 4, max_steps: 6, logging_steps: 1, "
+        "training: {optim: adamw_torch, dataloader_pin_memory: false}}"
+    )
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
+        "--master_port", str(port), "-m", "kdcache", "train-student", "--config", str(config),
+    ]  # fmt: skip
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=0, atol=2e-5)
+
+
+def test_resume_is_exact(tmp_path, top_cache, tiny_student):
+    """Stopped after 5 of 9 steps and taken up again: the same losses, the same weights, bit for bit."""
+    settings = {"max_steps": 9, "save_steps": 3, "lr_scheduler_type": "cosine", "warmup_steps": 2}
+    run(top_cache, tiny_student, tmp_path / "whole", **settings)
+    run(top_cache, tiny_student, tmp_path / "cut", **settings)
+    cut = tmp_path / "cut"
+    for name in ("train_results.json", "model.safetensors"):
+        (cut / name).unlink()
+    shutil.rmtree(cut / "checkpoint-9")
+    (cut / "checkpoint-6" / "trainer_state.json").write_text("{half a fi")  # killed while writing it
+    assert last_checkpoint(cut) == str(cut / "checkpoint-3")
+    again = run(top_cache, tiny_student, cut, **settings)
+    assert again.results["resumed"]
+    assert losses(cut) == losses(tmp_path / "whole")
+    for name, value in weights(tmp_path / "whole").items():
+        assert torch.equal(weights(cut)[name], value), name
+
+
+def test_a_second_run_says_done_and_other_settings_are_refused(tmp_path, top_cache, tiny_student):
+    run(top_cache, tiny_student, tmp_path / "out", max_steps=2)
+    assert run(top_cache, tiny_student, tmp_path / "out", max_steps=2).already_done
+    with pytest.raises(CacheMismatchError, match=r"alpha: begun with 0.7, this run asks for 0.2"):
+        run(top_cache, tiny_student, tmp_path / "out", max_steps=2, alpha=0.2)
+
+
+def test_many_runs_from_one_cache(tmp_path, top_cache, tiny_student):
+    """Another T, alpha or seed starts from the same cache; each is another student."""
+    first = run(top_cache, tiny_student, tmp_path / "a", max_steps=3)
+    for name, change in {"t": {"temperature": 2.0}, "alpha": {"alpha": 0.1}, "seed": {"seed": 5}}.items():
+        other = run(top_cache, tiny_student, tmp_path / name, max_steps=3, **change)
+        assert other.results["train_loss"] != first.results["train_loss"]
+        assert other.results["cache"]["fingerprint"] == first.results["cache"]["fingerprint"]
+
+
+def test_what_a_student_folder_holds(tmp_path, top_cache, hidden_cache, tiny_student):
+    """It loads like any model, carries a card and its records; loggers and held-out evaluation work."""
+    out = tmp_path / "out"
+    result = run(
+        top_cache, tiny_student, out, eval_cache=hidden_cache, eval_steps=3, report_to="tensorboard",
+        gradient_checkpointing=True, bf16=True, training={"dataloader_pin_memory": False, "max_grad_norm": 0.5},
+    )  # fmt: skip
+    assert AutoModelForCausalLM.from_pretrained(out).config.vocab_size == VOCAB_SIZE
+    assert AutoTokenizer.from_pretrained(out).decode([65])
+    card = (out / "README.md").read_text()
+    assert result.results["cache"]["fingerprint"] in card
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    trained = next(r for r in records if "loss" in r)
+    assert {"cross_entropy", "forward_kl", "top1_agreement", "grad_norm"} <= trained.keys()
+    evaluated = [r for r in records if "eval_loss" in r]
+    assert len(evaluated) >= 2
+    assert evaluated[-1]["eval_forward_kl"] < evaluated[0]["eval_forward_kl"]
+    assert list(out.rglob("events.out.tfevents*"))
+    assert (out / "train-student.yaml").is_file()
+    assert (out / "train-student.provenance.json").is_file()
+
+
+def test_unknown_training_argument_is_named(tmp_path, top_cache, tiny_student):
+    with pytest.raises(ConfigError, match="learning_rat"):
+        run(top_cache, tiny_student, tmp_path / "out", training={"learning_rat": 1})
+
+
+def test_remove_unused_columns(tmp_path, top_cache, tiny_student):
+    """The Trainer's habit of dropping columns that forward does not name cannot drop the targets."""
+    result = run(top_cache, tiny_student, tmp_path / "out", max_steps=1, training={"remove_unused_columns": True})
+    assert "forward_kl" in json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
+    assert result.results["steps"] == 1
+
+
+def test_labels_only_needs_no_targets(tmp_path, top_cache, tiny_student):
+    run(top_cache, tiny_student, tmp_path / "out", alpha=0.0, max_steps=2)
+    assert "forward_kl" not in (tmp_path / "out" / "metrics.jsonl").read_text()
+
+
+def test_texts_fixture_has_uneven_lengths():
+    assert len({len(text) for text in texts()}) > 20

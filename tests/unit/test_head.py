@@ -1,0 +1,189 @@
+"""The chunked head against four lines of autograd on dense logits, in float64 (P1), and its edges."""
+
+import itertools
+
+import pytest
+import torch
+
+from kdcache.models import OutputHead
+from kdcache.train.head import (
+    BucketTargets,
+    FullTargets,
+    Objective,
+    chunk_loss,
+    kd_loss,
+    kd_loss_from_logits,
+)
+
+N, D, V = 37, 8, 50
+
+
+def model_and_teacher(*, bias, scale=1.0, softcap=None, seed=0):
+    torch.manual_seed(seed)
+    hidden = torch.randn(N, D, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(V, D, dtype=torch.float64, requires_grad=True)
+    offset = torch.randn(V, dtype=torch.float64, requires_grad=True) if bias else None
+    teacher = torch.randn(N, V, dtype=torch.float64) * 2
+    return hidden, OutputHead(weight, offset, scale, softcap), teacher, torch.randint(0, V, (N,))
+
+
+def buckets(teacher, k, temperature):
+    logp = torch.log_softmax(teacher / temperature, -1)
+    ids = teacher.topk(k).indices.sort(1).values
+    return BucketTargets(ids, logp.gather(1, ids), logp.scatter(1, ids, -torch.inf).logsumexp(1))
+
+
+def dense_logits(hidden, head):
+    logits = hidden @ head.weight.T
+    logits = (logits if head.bias is None else logits + head.bias) * head.scale
+    return logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap
+
+
+def dense_loss(logits, labels, targets, alpha, temperature):
+    """The plain twin."""
+    cross_entropy = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    student = torch.log_softmax(logits / temperature, -1)
+    kept = student.gather(1, targets.token_ids)
+    divergence = (targets.logprobs.exp() * (targets.logprobs - kept)).sum()
+    if targets.token_ids.shape[1] < logits.shape[1]:
+        tail = student.scatter(1, targets.token_ids, -torch.inf).logsumexp(1)
+        divergence = divergence + (targets.tail_logprobs.exp() * (targets.tail_logprobs - tail)).sum()
+    return (1 - alpha) * cross_entropy + alpha * temperature**2 * divergence
+
+
+def grads_of(loss, hidden, head):
+    parameters = [hidden, head.weight] + ([] if head.bias is None else [head.bias])
+    return torch.autograd.grad(loss, parameters)
+
+
+@pytest.mark.parametrize("k", [1, 7, V])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("extras", [{"bias": False}, {"bias": True, "scale": 0.5, "softcap": 5.0}])
+def test_values_and_gradients_equal_dense_autograd(k, temperature, alpha, extras):
+    hidden, head, teacher, labels = model_and_teacher(**extras)
+    targets = buckets(teacher, k, temperature)
+    ours = kd_loss(hidden, head, labels, targets, Objective(alpha, temperature), chunk_positions=10)
+    plain = dense_loss(dense_logits(hidden, head), labels, targets, alpha, temperature)
+    torch.testing.assert_close(ours.loss, plain, rtol=0, atol=1e-10)
+    for mine, theirs in zip(grads_of(ours.loss, hidden, head), grads_of(plain, hidden, head), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("alpha", "temperature"), itertools.product([0.3, 1.0], [1.0, 3.0]))
+def test_full_targets_equal_all_entries_kept(alpha, temperature):
+    hidden, head, _, labels = model_and_teacher(bias=False)
+    # small whole numbers, so that float32 products are exact however they are chunked
+    states, teacher_head = torch.randint(-2, 3, (N, 5)).float(), OutputHead(torch.randint(-2, 3, (V, 5)).float())
+    teacher = teacher_head.logits(states).double()
+    objective = Objective(alpha, temperature)
+    full = kd_loss(hidden, head, labels, FullTargets(states, teacher_head, temperature), objective, chunk_positions=9)
+    kept = kd_loss(hidden, head, labels, buckets(teacher, V, temperature), objective)
+    torch.testing.assert_close(full.loss, kept.loss, rtol=0, atol=1e-10)
+    for a, b in zip(grads_of(full.loss, hidden, head), grads_of(kept.loss, hidden, head), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_logits_path_equals_head_path():
+    hidden, head, teacher, labels = model_and_teacher(bias=True)
+    targets, objective = buckets(teacher, 7, 2.0), Objective(0.6, 2.0)
+    through_head = kd_loss(hidden, head, labels, targets, objective, chunk_positions=8)
+    logits = dense_logits(hidden, head)
+    through_logits = kd_loss_from_logits(logits, labels, targets, objective)
+    torch.testing.assert_close(through_head.loss, through_logits.loss, rtol=0, atol=1e-10)
+    for a, b in zip(grads_of(through_head.loss, hidden, head), grads_of(through_logits.loss, hidden, head), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_chunks_do_not_matter():
+    hidden, head, teacher, labels = model_and_teacher(bias=False)
+    targets, objective = buckets(teacher, 7, 1.0), Objective(0.5)
+    losses = [kd_loss(hidden, head, labels, targets, objective, chunk_positions=c).loss for c in (1, 5, 37, 100)]
+    for loss in losses[1:]:
+        torch.testing.assert_close(loss, losses[0], rtol=0, atol=1e-10)
+
+
+def test_logits_of_a_chunk_only(monkeypatch):
+    """[positions, vocabulary] never exists: the head is asked for at most a chunk at a time."""
+    hidden, head, teacher, labels = model_and_teacher(bias=False)
+    hidden, head = hidden.detach().float().requires_grad_(), OutputHead(head.weight.detach().float())
+    asked = []
+    plain = OutputHead.logits
+    monkeypatch.setattr(OutputHead, "logits", lambda self, h: asked.append(len(h)) or plain(self, h))
+    b = buckets(teacher, 7, 1.0)
+    float_targets = BucketTargets(b.token_ids, b.logprobs.float(), b.tail_logprobs.float())
+    kd_loss(hidden, head, labels, float_targets, Objective(0.5), chunk_positions=10).loss.backward()
+    assert asked == [10, 10, 10, 7]
+
+
+def test_unused_slots_change_nothing():
+    hidden, head, teacher, labels = model_and_teacher(bias=False)
+    narrow = buckets(teacher, 5, 1.0)
+    wide = BucketTargets(
+        torch.cat([narrow.token_ids, narrow.token_ids[:, :1].expand(-1, 3)], 1),
+        torch.cat([narrow.logprobs, torch.full((N, 3), -torch.inf, dtype=torch.float64)], 1),
+        narrow.tail_logprobs,
+    )
+    objective = Objective(0.7)
+    a, b = (kd_loss(hidden, head, labels, t, objective, chunk_positions=11) for t in (narrow, wide))
+    torch.testing.assert_close(a.loss, b.loss, rtol=0, atol=1e-12)
+    for x, y in zip(grads_of(a.loss, hidden, head), grads_of(b.loss, hidden, head), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
+
+
+def test_a_student_tail_that_vanished_has_finite_gradients():
+    logits = torch.full((1, V), -200.0, dtype=torch.float64)
+    logits[0, :3] = 0.0
+    targets = buckets(torch.randn(1, V, dtype=torch.float64), 3, 1.0)
+    targets = BucketTargets(torch.tensor([[0, 1, 2]]), targets.logprobs, targets.tail_logprobs)
+    for temperature in (1.0, 2.0):
+        sums, grad = chunk_loss(logits.clone(), torch.tensor([1]), targets, Objective(0.5, temperature), True)
+        assert torch.isfinite(sums).all()
+        assert torch.isfinite(grad).all()
+
+
+def test_reported_loss_is_the_optimised_one():
+    """T^2 stands in the value as in the gradient: a small step along -grad lowers the reported loss by |grad|^2."""
+    hidden, head, teacher, labels = model_and_teacher(bias=False)
+    targets, objective, step = buckets(teacher, 7, 4.0), Objective(0.8, 4.0), 1e-6
+    loss = kd_loss(hidden, head, labels, targets, objective).loss
+    (grad,) = torch.autograd.grad(loss, hidden)
+    moved = kd_loss(hidden - step * grad, head, labels, targets, objective).loss
+    assert float((loss - moved).detach() / step) == pytest.approx(float(grad.square().sum()), rel=1e-3)
+
+
+def test_bf16_loss_math():
+    """Under bf16 the loss keeps float32 from the logits on: its error is that of bf16 logits, no more."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(64, 32).bfloat16(), (torch.randn(1000, 32) / 3).bfloat16()
+    teacher, labels = torch.randn(64, 1000, dtype=torch.float64) * 3, torch.randint(0, 1000, (64,))
+    b = buckets(teacher, 16, 1.0)
+    targets = BucketTargets(b.token_ids, b.logprobs.float(), b.tail_logprobs.float())
+    ours = kd_loss(hidden.clone().requires_grad_(), OutputHead(weight), labels, targets, Objective(0.5))
+    rounded = torch.nn.functional.linear(hidden, weight).double()
+    exact = dense_loss(rounded, labels, b, 0.5, 1.0)
+    assert ours.loss.dtype == torch.float32
+    assert float(ours.loss.detach()) == pytest.approx(float(exact), rel=1e-5)
+
+
+def test_frozen_head_gets_no_gradient():
+    hidden, head, teacher, labels = model_and_teacher(bias=False)
+    frozen = OutputHead(head.weight.detach())
+    loss = kd_loss(hidden, frozen, labels, buckets(teacher, 5, 1.0), Objective(0.5)).loss
+    loss.backward()
+    assert hidden.grad is not None
+    assert frozen.weight.grad is None
+
+
+def test_alpha_above_zero_needs_targets():
+    hidden, head, _, labels = model_and_teacher(bias=False)
+    with pytest.raises(ValueError, match="targets"):
+        kd_loss(hidden, head, labels, None, Objective(0.5))
+
+
+def test_no_position_at_all():
+    hidden, head, teacher, labels = model_and_teacher(bias=False)
+    empty = kd_loss(hidden[:0], head, labels[:0], buckets(teacher, 5, 1.0)[0:0], Objective(0.5))
+    assert float(empty.loss) == 0
+    grads = grads_of(empty.loss, hidden, head)
+    assert all((grad == 0).all() for grad in grads)
