@@ -27,7 +27,7 @@ from kdcache.cache.manifest import (
     to_json,
 )
 from kdcache.cache.shard import digest
-from kdcache.cache.store import LocalStore, hostname, is_running
+from kdcache.cache.store import TEMPORARY, LocalStore, hostname, is_running
 from kdcache.errors import CacheMismatchError, CacheNotFoundError
 
 PLAN, MANIFEST, COMMITS, SHARDS, LEASES, TABLES = "plan.json", "manifest.json", "commits", "shards", "leases", "tables"
@@ -250,4 +250,6 @@ def seal(store: LocalStore) -> Manifest:
     store.remove_abandoned()
     if not store.exists(MANIFEST) or store.read(MANIFEST) != to_json(manifest):
         store.replace(MANIFEST, to_json(manifest))
+    store.remove_empty(LEASES)
+    store.remove_empty(TEMPORARY)
     return manifest

@@ -8,6 +8,7 @@ exists), fsync the folder. Names are made by kdcache from numbers and digests, n
 from __future__ import annotations
 
 import contextlib
+import contextlib
 import errno
 import mmap
 import os

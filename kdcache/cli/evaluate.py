@@ -9,7 +9,7 @@ import click
 
 from kdcache.cli.flags import flags_of, given
 from kdcache.config import resolve_options
-from kdcache.evaluate.run import EvaluateOptions
+from kdcache.evaluate.options import EvaluateOptions
 
 
 @click.command("evaluate")

@@ -5,28 +5,15 @@ from __future__ import annotations
 import gc
 import json
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import Field
+from typing import Any
 
 from kdcache.cache.commit import read_commits
 from kdcache.cache.reader import open_cache
-from kdcache.config import Options
+from kdcache.evaluate.options import EvaluateOptions
 from kdcache.evaluate.metrics import Metrics, TeacherStates, evaluate_model, evaluate_teacher
 from kdcache.models import keep_freed_memory, pick_device
 
 TRAIN_RESULTS = "train_results.json"
-
-
-class EvaluateOptions(Options):
-    """What is held against what."""
-
-    student: Annotated[str, Field(description="Student: hub name or model folder.")]
-    teacher_cache: Annotated[str, Field(description="Cache made with dump-teacher --targets hidden.")]
-    baseline: Annotated[str | None, Field(description="A second student to compare with.")] = None
-    output: Annotated[str | None, Field(description="Also write the result to this JSON file.")] = None
-    device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1 ...")] = "auto"
-    trust_remote_code: Annotated[bool, Field(description="Run code that ships with the model.")] = False
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
