@@ -11,10 +11,52 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-WORDS = (
-    "the cat sat on a mat and saw the dog run over hills of green grass while rain fell from heavy clouds in the evening "
-    "def return class import value list of numbers is sorted then printed to standard output before the function ends"
-).split()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "saw",
+    "the",
+    "dog",
+    "run",
+    "over",
+    "hills",
+    "of",
+    "green",
+    "grass",
+    "while",
+    "rain",
+    "fell",
+    "from",
+    "heavy",
+    "clouds",
+    "in",
+    "the",
+    "evening",
+    "def",
+    "return",
+    "class",
+    "import",
+    "value",
+    "list",
+    "of",
+    "numbers",
+    "is",
+    "sorted",
+    "then",
+    "printed",
+    "to",
+    "standard",
+    "output",
+    "before",
+    "the",
+    "function",
+    "ends",
+]
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -92,7 +134,11 @@ def tiny_teacher(tmp_path_factory) -> str:
 def tiny_student(tmp_path_factory) -> str:
     """A folder with a random student of one layer, with the teacher's tokenizer."""
     return make_llama(
-        tmp_path_factory.mktemp("models") / "student", seed=1, hidden_size=16, num_hidden_layers=1, initializer_range=0.05
+        tmp_path_factory.mktemp("models") / "student",
+        seed=1,
+        hidden_size=16,
+        num_hidden_layers=1,
+        initializer_range=0.05,
     )
 
 

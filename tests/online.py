@@ -9,7 +9,17 @@ from kdcache.train.stream import KDBatchSampler, collate
 
 
 def live_distillation(
-    teacher_folder, student_folder, reader, *, steps, alpha, temperature, batch_size, learning_rate, seed=0, accumulation=1
+    teacher_folder,
+    student_folder,
+    reader,
+    *,
+    steps,
+    alpha,
+    temperature,
+    batch_size,
+    learning_rate,
+    seed=0,
+    accumulation=1,
 ):
     """Teacher and student in one process, full vocabulary, dense logits, AdamW at a constant rate.
 
@@ -18,7 +28,9 @@ def live_distillation(
     """
     teacher = AutoModelForCausalLM.from_pretrained(teacher_folder, dtype=torch.float32).eval()
     student = AutoModelForCausalLM.from_pretrained(student_folder, dtype=torch.float32).train()
-    optimizer = torch.optim.AdamW(student.parameters(), lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        student.parameters(), lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
+    )
     fingerprint = reader.manifest.fingerprint
     sampler = KDBatchSampler(
         len(reader), batch_size, accumulation=accumulation, fingerprint=fingerprint, seed=seed
@@ -31,7 +43,11 @@ def live_distillation(
         for start in range(0, len(micro_batches), accumulation):
             if len(losses) == steps:
                 break
-            losses.append(_step(teacher, student, optimizer, reader, micro_batches[start : start + accumulation], alpha, temperature))
+            losses.append(
+                _step(
+                    teacher, student, optimizer, reader, micro_batches[start : start + accumulation], alpha, temperature
+                )
+            )
     return losses, student
 
 

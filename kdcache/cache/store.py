@@ -8,7 +8,6 @@ exists), fsync the folder. Names are made by kdcache from numbers and digests, n
 from __future__ import annotations
 
 import contextlib
-import contextlib
 import errno
 import mmap
 import os
@@ -125,9 +124,13 @@ class LocalStore:
             if match and match["host"] == hostname() and not is_running(int(match["pid"])):
                 self.delete(f"{TEMPORARY}/{name}")
                 removed += 1
-        with contextlib.suppress(OSError):  # in use, or a peer was faster
-            (self.root / TEMPORARY).rmdir()
+        self.remove_empty(TEMPORARY)
         return removed
+
+    def remove_empty(self, folder: str) -> None:
+        """Remove a folder if nothing stands in it."""
+        with contextlib.suppress(OSError):  # in use, or a peer was faster
+            (self.root / folder).rmdir()
 
     def _write_temporary(self, data: bytes | memoryview) -> Path:
         folder = self.root / TEMPORARY

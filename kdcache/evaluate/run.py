@@ -9,8 +9,8 @@ from typing import Any
 
 from kdcache.cache.commit import read_commits
 from kdcache.cache.reader import open_cache
-from kdcache.evaluate.options import EvaluateOptions
 from kdcache.evaluate.metrics import Metrics, TeacherStates, evaluate_model, evaluate_teacher
+from kdcache.evaluate.options import EvaluateOptions
 from kdcache.models import keep_freed_memory, pick_device
 
 TRAIN_RESULTS = "train_results.json"

@@ -25,7 +25,9 @@ def story(tmp_path_factory, tiny_teacher, corpus_file):
     root = tmp_path_factory.mktemp("story")
     common = ["--teacher", tiny_teacher, "--dataset", corpus_file, "--seq-len", 64]
     out = {"dump": cli("dump-teacher", *common, "--output", root / "cache", "--split", "train[:75%]", "--top-k", 16)}
-    out["held"] = cli("dump-teacher", *common, "--output", root / "held", "--split", "train[75%:]", "--targets", "hidden")
+    out["held"] = cli(
+        "dump-teacher", *common, "--output", root / "held", "--split", "train[75%:]", "--targets", "hidden"
+    )
     out["init"] = cli("init-student", "--from", tiny_teacher, "--output", root / "init",
                       "--shape", "hidden_size=16", "--shape", "num_hidden_layers=1")  # fmt: skip
     training = ["train-student", "--cache", root / "cache", "--student", root / "init", "--max-steps", 4,
@@ -147,7 +149,13 @@ BAD = [
 @pytest.mark.parametrize(("arguments", "message"), BAD)
 def test_bad_input_is_one_clear_error(story, tmp_path, tiny_teacher, corpus_file, arguments, message):
     root, _, _ = story
-    places = {"teacher": tiny_teacher, "corpus": corpus_file, "tmp": tmp_path, "cache": root / "cache", "held": root / "held"}
+    places = {
+        "teacher": tiny_teacher,
+        "corpus": corpus_file,
+        "tmp": tmp_path,
+        "cache": root / "cache",
+        "held": root / "held",
+    }
     refused = cli(*(part.format(**places) for part in arguments), code=1)
     assert message in refused.stderr + refused.stdout
     assert refused.stderr.startswith("error: ")
@@ -170,7 +178,9 @@ def test_every_command_has_help_and_stands_in_the_readme(command):
     assert f"kdcache {command}" in (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["inspect", "CACHE"], ["verify", "CACHE"], ["dump-teacher", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["inspect", "CACHE"], ["verify", "CACHE"], ["dump-teacher", "--help"]]
+)
 def test_start_up_without_torch(story, arguments):
     root, _, _ = story
     code = (
@@ -184,7 +194,16 @@ def test_start_up_without_torch(story, arguments):
 
 def test_done_is_said_without_torch(story):
     root, common, _ = story
-    arguments = ["dump-teacher", *map(str, common), "--output", str(root / "cache"), "--split", "train[:75%]", "--top-k", "16"]
+    arguments = [
+        "dump-teacher",
+        *map(str, common),
+        "--output",
+        str(root / "cache"),
+        "--split",
+        "train[:75%]",
+        "--top-k",
+        "16",
+    ]
     code = (
         f"import sys\nfrom kdcache.cli import main\ntry: main({arguments!r})\nexcept SystemExit as e: assert not e.code\n"
         "assert 'torch' not in sys.modules"

@@ -31,7 +31,9 @@ def test_one_datum(tmp_path, tiny_teacher, tiny_student, corpus_file):
 
     # The teacher reads it: hidden states, logits a chunk at a time, the entries to keep, an exact tail at each temperature.
     teacher = load_model(find_model(tiny_teacher), dtype=torch.float32)
-    engine = TransformersEngine(teacher, plan.spec.teacher.vocab_size, k=8, temperatures=(1.0, 2.0, 4.0), chunk_positions=64)
+    engine = TransformersEngine(
+        teacher, plan.spec.teacher.vocab_size, k=8, temperatures=(1.0, 2.0, 4.0), chunk_positions=64
+    )
     targets = engine.run(sequences)
     assert len(targets[0]) == sequence.target_mask.sum(), "row t speaks of the token at t + 1"
 
@@ -58,6 +60,8 @@ def test_one_datum(tmp_path, tiny_teacher, tiny_student, corpus_file):
     student = load_model(find_model(tiny_student), dtype=torch.float32)
     hidden = hidden_states(student, batch["input_ids"], batch["position_ids"])[batch["target_mask"]]
     labels = batch["input_ids"].roll(-1, dims=1)[batch["target_mask"]]
-    sums = kd_loss(hidden, head_of(student).first(reader.vocab_size), labels, on_device, Objective(0.7, temperature=2.0))
+    sums = kd_loss(
+        hidden, head_of(student).first(reader.vocab_size), labels, on_device, Objective(0.7, temperature=2.0)
+    )
     (sums.loss / len(labels)).backward()
     assert student.get_input_embeddings().weight.grad.abs().sum() > 0

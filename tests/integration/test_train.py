@@ -57,7 +57,9 @@ def run(cache, student, output, **options):
 
 
 def losses(output):
-    return [r["loss"] for r in map(json.loads, (Path(output) / "metrics.jsonl").read_text().splitlines()) if "loss" in r]
+    return [
+        r["loss"] for r in map(json.loads, (Path(output) / "metrics.jsonl").read_text().splitlines()) if "loss" in r
+    ]
 
 
 def weights(folder):
@@ -194,7 +196,9 @@ def test_an_unfinished_cache_is_refused(tmp_path, top_cache, tiny_student):
 
 
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(1, 8), (2, 4), (4, 2)])
-def test_normalisation_under_accumulation(tmp_path_factory, tmp_path, top_cache, tiny_student, batch_size, accumulation):
+def test_normalisation_under_accumulation(
+    tmp_path_factory, tmp_path, top_cache, tiny_student, batch_size, accumulation
+):
     """1 x 8 = 2 x 4 = 4 x 2 = 8 x 1, though micro-batches hold different numbers of targets."""
     run(top_cache, tiny_student, tmp_path / "whole", per_device_train_batch_size=8)
     run(

@@ -91,7 +91,9 @@ def test_logits_path_equals_head_path():
     logits = dense_logits(hidden, head)
     through_logits = kd_loss_from_logits(logits, labels, targets, objective)
     torch.testing.assert_close(through_head.loss, through_logits.loss, rtol=0, atol=1e-10)
-    for a, b in zip(grads_of(through_head.loss, hidden, head), grads_of(through_logits.loss, hidden, head), strict=True):
+    for a, b in zip(
+        grads_of(through_head.loss, hidden, head), grads_of(through_logits.loss, hidden, head), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 

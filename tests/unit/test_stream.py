@@ -40,7 +40,9 @@ def test_order_depends_on_fingerprint_seed_and_epoch_alone():
     assert sorted(base) == list(range(50))
 
 
-@pytest.mark.parametrize(("batch_size", "accumulation", "world_size"), [(8, 1, 1), (1, 8, 1), (2, 2, 2), (2, 4, 1), (1, 2, 4)])
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "world_size"), [(8, 1, 1), (1, 8, 1), (2, 2, 2), (2, 4, 1), (1, 2, 4)]
+)
 def test_same_steps_for_every_cut_of_the_global_batch(batch_size, accumulation, world_size):
     assert steps(23, batch_size, accumulation, world_size) == steps(23, 8, 1, 1)
 
