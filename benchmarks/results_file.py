@@ -1,0 +1,25 @@
+"""Where proofs and benchmarks leave what they measured: one dated Markdown file each, with versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+
+from kdcache.config import library_versions
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def write(name: str, title: str, rows: list[tuple[str, object]], notes: str = "") -> Path:
+    """Write ``results/<name>_<date>.md`` and print the table."""
+    width = max(len(key) for key, _ in rows)
+    print("\n".join(f"{key:<{width}}  {value}" for key, value in rows))
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows)
+    versions = ", ".join(f"{package} {version}" for package, version in library_versions().items())
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
+    path = RESULTS / f"{name}_{datetime.now(UTC):%Y-%m-%d}.md"
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(f"# {title}\n\n| | |\n|---|---|\n{table}\n\n{notes}{machine}; {versions}.\n")
+    return path

@@ -1,0 +1,186 @@
+"""A machine for killing dumps: forks workers, kills them, resumes, and compares the finished cache byte for byte.
+
+Workers are forked from a process that has imported torch but never computed with it, so that a kill costs a second instead
+of five. Several workers are started as torchrun would start them, each with its rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+IMPORTS = ("torch", "transformers", "datasets", "kdcache.dump.launch", "kdcache.dump.worker",
+           "kdcache.dump.engines.transformers")  # fmt: skip
+
+
+def prepare() -> None:
+    """Import what a dump needs, and compute nothing: what forks must not hold is a thread."""
+    import importlib
+
+    for name in IMPORTS:
+        importlib.import_module(name)
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def dump_here(options: dict[str, Any]) -> None:
+    """A dump in this process."""
+    from kdcache.dump.launch import dump
+    from kdcache.dump.options import DumpOptions
+
+    dump(DumpOptions(**options))
+
+
+def start(options: dict[str, Any], rank: int, world_size: int, before: Callable[[], None] = lambda: None) -> int:
+    """Fork a worker; its process id. It exits with 0 when the dump ended well."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        if not os.environ.get("KDCACHE_CRASH_DEBUG"):
+            os.dup2(null, 2)
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        before()
+        dump_here(options)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def run_to_the_end(options: dict[str, Any], world_size: int = 1) -> None:
+    """An undisturbed dump, in processes of its own."""
+    children = [start(options, rank, world_size) for rank in range(world_size)]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert codes == [0] * world_size, f"an undisturbed dump ended with {codes}"
+
+
+def run_and_kill(options: dict[str, Any], world_size: int, after_seconds: float, victims: int) -> int:
+    """Start workers, SIGKILL some of them after a while, let the others finish; how many were still alive to be killed."""
+    children = [start(options, rank, world_size) for rank in range(world_size)]
+    time.sleep(after_seconds)
+    killed = 0
+    for child in children[:victims]:
+        done, _ = os.waitpid(child, os.WNOHANG)
+        if not done:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            killed += 1
+    for child in children[victims:]:
+        os.waitpid(child, 0)
+    return killed
+
+
+def kill_at_call(number: int, when: str) -> Callable[[], None]:
+    """For a child: die at the n-th call that publishes, syncs or removes a file, before or after it takes effect."""
+
+    def install() -> None:
+        count = 0
+
+        def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                nonlocal count
+                count += 1
+                mine = count == number
+                if mine and when == "before":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                result = function(*args, **kwargs)
+                if mine:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return result
+
+            return call
+
+        for name in ("link", "fsync", "replace", "unlink", "rmdir"):
+            setattr(os, name, wrap(getattr(os, name)))
+
+    return install
+
+
+def contents(cache: Path) -> dict[str, Any]:
+    """Everything that must be the same in the end: bytes of plan, manifest, shards and tables; commits without who and when."""
+    found: dict[str, Any] = {}
+    for path in sorted(cache.rglob("*")):
+        name = path.relative_to(cache).as_posix()
+        if path.is_dir() or name.startswith("runs/"):
+            continue
+        found[name] = path.read_bytes()
+        if name.startswith("commits/"):
+            record = json.loads(found[name])
+            for personal in ("worker", "finished_at", "seconds", "record_digest"):
+                record.pop(personal)
+            found[name] = record
+    return found
+
+
+def assert_same(cache: Path, reference: dict[str, Any]) -> None:
+    """The finished cache is the uninterrupted one: no byte differs, nothing is missing, nothing is left over."""
+    found = contents(cache)
+    assert found.keys() == reference.keys(), f"files differ: {sorted(found.keys() ^ reference.keys())}"
+    different = [name for name in found if found[name] != reference[name]]
+    assert not different, f"bytes differ: {different}"
+
+
+def campaign(
+    options: dict[str, Any], root: Path, *, num_kills: int, seed: int, on_kill: Callable[[int, int], None] = lambda k, c: None
+) -> dict[str, int]:
+    """Kill at random moments until there were enough kills; each finished cache is compared and a new one begun.
+
+    Returns:
+        Numbers of kills, of finished caches, of runs, and of workers at most.
+    """
+    rng = np.random.default_rng(seed)
+    run_to_the_end({**options, "output": str(root / "reference")})
+    reference = contents(root / "reference")
+    started = time.monotonic()
+    run_to_the_end({**options, "output": str(root / "timed")})
+    duration = time.monotonic() - started
+    kills = caches = runs = 0
+    while kills < num_kills:
+        cache = root / f"cache-{caches}"
+        while not (cache / "manifest.json").exists():
+            workers = int(rng.integers(1, 4))
+            victims = workers if rng.random() < 0.7 else int(rng.integers(1, workers + 1))
+            kills += run_and_kill({**options, "output": str(cache)}, workers, float(rng.uniform(0.1, duration)), victims)
+            runs += 1
+            on_kill(kills, caches)
+        run_to_the_end({**options, "output": str(cache)})
+        assert_same(cache, reference)
+        caches += 1
+    return {"kills": kills, "finished_caches": caches, "runs": runs, "workers_at_most": 3}
+
+
+def every_commit_point(options: dict[str, Any], root: Path, *, stride: int = 1) -> dict[str, int]:
+    """Die at the n-th storage call for every n, before and after it, then resume with another number of workers.
+
+    Returns:
+        Number of kill points.
+    """
+    run_to_the_end({**options, "output": str(root / "reference")})
+    reference = contents(root / "reference")
+    points = 0
+    for when in ("before", "after"):
+        number = 1
+        while True:
+            cache = root / f"{when}-{number}"
+            child = start({**options, "output": str(cache)}, 0, 1, kill_at_call(number, when))
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            if code != -signal.SIGKILL:
+                assert code == 0, f"died otherwise, with {code}"
+                assert_same(cache, reference)
+                break
+            points += 1
+            run_to_the_end({**options, "output": str(cache)}, world_size=1 + number % 3)
+            assert_same(cache, reference)
+            number += stride
+    return {"kill_points": points}
