@@ -184,8 +184,10 @@ def _reading(dataset: str) -> Iterator[None]:
         yield
     except (
         FileNotFoundError, ConnectionError, datasets.exceptions.DatasetsError, datasets.exceptions.DatasetGenerationError,
-        pa.ArrowInvalid, ValueError, AssertionError,
+        pa.ArrowInvalid, ValueError, AssertionError, StopIteration,
     ) as error:  # fmt: skip
+        if isinstance(error, StopIteration):  # what datasets makes of a file without a line
+            raise CorpusError(f"dataset {dataset}: no rows") from error
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
