@@ -152,7 +152,7 @@ def load_model(
     source: ModelSource,
     *,
     dtype: torch.dtype,
-    attention: str = "sdpa",
+    attention: str = "auto",
     device: str = "cpu",
     device_map: str | None = None,
     trust_remote_code: bool = False,
@@ -162,7 +162,7 @@ def load_model(
     Args:
         source: Where it is.
         dtype: Of weights and activations.
-        attention: ``attn_implementation`` of transformers.
+        attention: ``attn_implementation`` of transformers; ``auto`` is what transformers takes for the family.
         device: Where to put it, unless ``device_map`` spreads it.
         device_map: ``auto``, ``balanced`` ... for a model larger than one GPU.
         trust_remote_code: Run code that ships with the model.
@@ -172,7 +172,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    arguments: dict[str, Any] = {**source.load_arguments, "dtype": dtype, "attn_implementation": attention}
+    arguments: dict[str, Any] = {**source.load_arguments, "dtype": dtype, **_attention(attention)}
     if source.gguf_file:
         arguments |= _dequantized()
     if device_map is not None:
@@ -191,6 +191,20 @@ def load_model(
     return model.eval()
 
 
+def describe_model(source: ModelSource, config: Any, attention: str = "auto") -> tuple[int, str]:
+    """Number of parameters, and the attention that ``auto`` stands for; without weights.
+
+    Raises:
+        ModelError: The family does not know this attention.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with _load_errors(source), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, **_attention(attention))
+    return sum(parameter.numel() for parameter in model.parameters()), str(model.config._attn_implementation)
+
+
 def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's tokenizer, a fast one where there is one."""
     from transformers import AutoTokenizer
@@ -199,6 +213,10 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> P
         return AutoTokenizer.from_pretrained(
             source.folder_or_name, trust_remote_code=trust_remote_code, **source.load_arguments
         )
+
+
+def _attention(attention: str) -> dict[str, Any]:
+    return {} if attention == "auto" else {"attn_implementation": attention}
 
 
 def _dequantized() -> dict[str, Any]:

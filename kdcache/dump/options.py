@@ -70,7 +70,9 @@ class DumpOptions(Options):
         Literal["auto", "float32", "bfloat16", "float16"],
         Field(description="Of the teacher; auto is what its config says."),
     ] = "auto"
-    attention: Annotated[str, Field(description="attn_implementation of transformers.")] = "sdpa"
+    attention: Annotated[
+        str, Field(description="attn_implementation of transformers; auto is what it takes for the model.")
+    ] = "auto"
     device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1 ...")] = "auto"
     device_map: Annotated[str | None, Field(description="Spread a teacher larger than one GPU: auto, balanced ...")] = (
         None

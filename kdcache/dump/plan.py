@@ -17,6 +17,7 @@ from kdcache.corpus import detect_columns, load_rows, mean_row_tokens, source_di
 from kdcache.dump.options import DEFAULT_SHARD_POSITIONS, MIN_SHARDS, DumpOptions
 from kdcache.errors import CacheMismatchError, ConfigError
 from kdcache.models import (
+    describe_model,
     describe_tokenizer,
     find_model,
     load_config,
@@ -60,10 +61,11 @@ def finished_before(store: LocalStore, options: DumpOptions) -> Manifest | None:
         "targets.temperatures": list(options.temperatures),
         "codec.name": "exact" if options.targets == "hidden" else options.codec,
         "compute.batch_tokens": options.batch_tokens,
-        "teacher.attention": options.attention,
     }
     if options.text_column is not None:
         asked["corpus.text_column"] = options.text_column
+    if options.attention != "auto":
+        asked["teacher.attention"] = options.attention
     if options.dtype != "auto":
         asked["teacher.dtype"] = options.dtype
     if options.threads is not None:
@@ -89,6 +91,7 @@ def make_plan(store: LocalStore, options: DumpOptions) -> tuple[Plan, Dataset]:
     tokenizer_spec = describe_tokenizer(tokenizer)
     rows = load_rows(options.dataset, options.split, config_name=options.dataset_config)
     columns, text_column = detect_columns(rows.column_names, options.text_column)
+    num_parameters, attention = describe_model(source, config, options.attention)
     _check_context(options, text_config)
     device = pick_device(options.device)
     vocab_size = min(text_config.vocab_size, tokenizer_spec.num_tokens)
@@ -114,10 +117,10 @@ def make_plan(store: LocalStore, options: DumpOptions) -> tuple[Plan, Dataset]:
             name=options.teacher,
             digest=model_digest(source),
             dtype=str(parse_dtype(options.dtype, text_config)).removeprefix("torch."),
-            attention=options.attention,
+            attention=attention,
             vocab_size=vocab_size,
             hidden_size=text_config.hidden_size,
-            num_parameters=_count_parameters(config),
+            num_parameters=num_parameters,
         ),
         tokenizer=tokenizer_spec,
         corpus=corpus,
@@ -172,15 +175,6 @@ def _check_context(options: DumpOptions, text_config: Any) -> None:
             f"--seq-len {options.seq_len} is longer than the teacher's context of {context} tokens",
             hint=f"--seq-len {context}",
         )
-
-
-def _count_parameters(config: Any) -> int:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def warn_about_versions(plan: Plan) -> None:

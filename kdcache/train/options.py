@@ -28,7 +28,9 @@ class TrainOptions(Options):
     ] = 0.7
     temperature: Annotated[float, Field(gt=0, description="T, one that the cache declares.")] = 1.0
     loss: Annotated[Literal["forward_kl"], Field(description="Divergence between teacher and student.")] = "forward_kl"
-    attention: Annotated[str, Field(description="attn_implementation of transformers.")] = "sdpa"
+    attention: Annotated[
+        str, Field(description="attn_implementation of transformers; auto is what it takes for the model.")
+    ] = "auto"
     chunk_positions: Annotated[
         Annotated[int, Field(ge=1)] | None, Field(description="Positions whose logits may exist at a time.")
     ] = None
@@ -68,7 +70,7 @@ class InitOptions(Options):
     """How a student begins: layers of a teacher, or random weights of a given shape; the teacher's tokenizer either way."""
 
     from_: Annotated[str, Field(alias="from", description="Teacher that gives layers or config, and the tokenizer.")]
-    output: Annotated[str, Field(description="Folder of the trained student.")]
+    output: Annotated[str, Field(description="Folder of the new student.")]
     layers: Annotated[
         Annotated[int, Field(ge=1)] | None, Field(description="Layers to keep, chosen by angular distance.")
     ] = None
