@@ -179,6 +179,22 @@ def test_a_model_that_mixes_documents_is_refused():
     assert "--no-packing" in caught.value.hint
 
 
+def test_a_model_that_packs_only_in_batches_of_one_is_refused():
+    """As flash attention does: with more than one row, position ids that restart go unnoticed."""
+    model = build("llama")
+    trunk = trunk_of(model)
+    forward = trunk.forward
+
+    def careless(input_ids, position_ids, **kwargs):
+        if len(input_ids) > 1:
+            kwargs["attention_mask"] = torch.ones_like(input_ids)
+        return forward(input_ids=input_ids, position_ids=position_ids, **kwargs)
+
+    trunk.forward = careless
+    with pytest.raises(ModelError, match="lets packed documents see each other"):
+        check_packing(model)
+
+
 def test_a_head_that_is_not_understood_shows():
     """What multiplies its logits in a way that no config field says does not pass for exact."""
     model = build("llama")
