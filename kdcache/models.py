@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from kdcache.errors import ModelError
+from kdcache.errors import ModelError, TeacherOutputError
 from kdcache.specs import TokenizerSpec, canonical_json
 
 if TYPE_CHECKING:
@@ -391,6 +391,7 @@ def check_packing(model: PreTrainedModel) -> None:
 
     Raises:
         ModelError: The second of two packed documents comes out otherwise than alone.
+        TeacherOutputError: The model gives NaN or Inf.
     """
     import torch
 
@@ -409,6 +410,11 @@ def check_packing(model: PreTrainedModel) -> None:
             differences.append((packed[row, border:] - alone).abs().max() / alone.abs().max().clamp(min=1e-6))
     model.train(was_training)
     difference = float(max(differences))
+    if not packed.isfinite().all():
+        raise TeacherOutputError(
+            f"{type(model).__name__} in {str(model.dtype).removeprefix('torch.')} gives NaN or Inf for plain tokens",
+            hint="try --dtype float32 or bfloat16; if that is what you had, look at its weights",
+        )
     if not difference < (1e-3 if model.dtype == torch.float32 else 0.1):
         raise ModelError(
             f"{type(model).__name__} lets packed documents see each other (a packed document differs by {difference:.2g} "
