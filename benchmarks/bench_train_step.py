@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import results_file
+from benchmarks import memory, results_file
 from kdcache.cache.reader import open_cache
 from kdcache.dump.launch import dump
 from kdcache.dump.options import DumpOptions
@@ -36,6 +36,7 @@ from kdcache.train.trainer import extend_forward, run_objective
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory-of", help="run one form once and print the bytes it took at its peak")
     args = parser.parse_args()
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
@@ -77,6 +78,9 @@ def main() -> None:
             step((said.exp() * (said - ours)).sum(-1)[batch["target_mask"]].mean())
 
         forms = {"labels": lambda: cached(0.0), "cached": lambda: cached(0.7), "live": live}
+        if args.memory_of:
+            print(memory.peak_growth(forms[args.memory_of]))
+            return
         best = dict.fromkeys(forms, float("inf"))
         for number in range(args.rounds + 1):
             for name, run in forms.items():
@@ -84,10 +88,13 @@ def main() -> None:
                 run()
                 if number:  # the first round warms up
                     best[name] = min(best[name], time.perf_counter() - start)
+    peaks = memory.of_forms(__file__, list(forms), [])
     results_file.write(
         "bench_train_step", "A training step: labels, cached, live",
         [("cached / labels", round(best["cached"] / best["labels"], 3)),
          ("live / cached", round(best["live"] / best["cached"], 3)),
+         ("peak memory, cached / labels", round(peaks["cached"] / peaks["labels"], 3)),
+         ("peak memory, live / cached", round(peaks["live"] / peaks["cached"], 3)),
          ("student", "14.0 M parameters, 2 layers, batch 8 x 512, bf16 autocast"),
          ("teacher", "SmolLM2-135M-Instruct, bf16, k = 64")],
         f"Best of {args.rounds} rounds, the three forms in turn in one process.\n\n",
