@@ -7,10 +7,10 @@ export MALLOC_TOP_PAD_ ?= 536870912
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test check lint typecheck bench prove prove-crash prove-online-offline clean
+.PHONY: help setup demo test check lint typecheck bench prove prove-crash prove-online-offline test-oldest clean
 
 help:
-	@echo "make demo | test | check | lint | typecheck | bench | prove-crash | prove-online-offline | clean"
+	@echo "make demo | test | check | lint | typecheck | bench | test-oldest | prove-crash | prove-online-offline | clean"
 
 setup: $(VENV)/.done
 
@@ -25,6 +25,11 @@ demo: setup
 
 test: setup
 	$(PY) -m pytest -n 2 --dist loadgroup
+
+test-oldest:
+	python3 -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet -c .ci/constraints-min.txt -e '.[dev]'
+	.venv-oldest/bin/python -m pytest -n 2 --dist loadgroup tests/unit tests/property tests/integration
 
 lint: setup
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/lint-imports
@@ -47,4 +52,4 @@ prove-online-offline: setup
 	$(PY) benchmarks/prove_online_offline.py
 
 clean:
-	rm -rf $(VENV) demo-output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest demo-output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

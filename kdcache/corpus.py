@@ -186,11 +186,12 @@ def _reading(dataset: str) -> Iterator[None]:
         FileNotFoundError, ConnectionError, datasets.exceptions.DatasetsError, datasets.exceptions.DatasetGenerationError,
         pa.ArrowInvalid, ValueError, AssertionError, StopIteration,
     ) as error:  # fmt: skip
-        if isinstance(error, StopIteration):  # what datasets makes of a file without a line
-            raise CorpusError(f"dataset {dataset}: no rows") from error
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
+        # What releases of datasets make of a file without a line.
+        if isinstance(cause, StopIteration) or "at least one example" in str(cause):
+            raise CorpusError(f"dataset {dataset}: no rows") from error
         first = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise CorpusError(f"dataset {dataset}: cannot be read: {first}") from error
     finally:

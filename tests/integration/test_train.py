@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdcache.cache.commit import publish_plan, seal
@@ -23,6 +24,9 @@ from kdcache.train.options import TrainOptions
 from kdcache.train.run import last_checkpoint, train
 from tests.conftest import VOCAB_SIZE, make_llama, texts
 from tests.online import live_distillation
+
+# transformers 4 rounds the losses it logs to four decimals.
+LOG_ROUNDING = 5e-5 if transformers.__version__.startswith("4.") else 0.0
 
 
 def make_cache(folder, teacher, corpus, **options):
@@ -76,7 +80,7 @@ def test_offline_equals_online(request, tmp_path, tiny_teacher, tiny_student, wh
         steps=50, alpha=alpha, temperature=temperature, batch_size=4, learning_rate=3e-3,
     )  # fmt: skip
     run(cache, tiny_student, tmp_path / "out", max_steps=50, alpha=alpha, temperature=temperature)
-    np.testing.assert_allclose(losses(tmp_path / "out"), live, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(losses(tmp_path / "out"), live, rtol=0, atol=1e-5 + LOG_ROUNDING)
     assert live[-1] < 0.9 * live[0], "it learned"
     trained = weights(tmp_path / "out")
     for name, value in student.state_dict().items():

@@ -72,6 +72,7 @@ def write_rows(folder, kind, rows=ROWS):
     return str(path)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets 3 leaves a csv file open
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "json", "csv", "parquet", "saved", "saved_splits"])
 def test_every_format_gives_the_same_rows(tmp_path, kind):
     assert list(load_rows(write_rows(tmp_path, kind), "train")) == ROWS
