@@ -144,6 +144,58 @@ def test_a_student_tail_that_vanished_has_finite_gradients():
         assert torch.isfinite(grad).all()
 
 
+def divergence_of(logits, targets, temperature=1.0):
+    sums = kd_loss_from_logits(logits, torch.zeros(len(logits), dtype=torch.long), targets, Objective(1.0, temperature))
+    return sums.divergence
+
+
+def test_coarse_is_at_most_full():
+    """Data processing: merging tokens into a tail bucket can only lower the divergence, and less the more are kept."""
+    hidden, head, teacher, _ = model_and_teacher(bias=False)
+    logits = dense_logits(hidden, head).detach()
+    found = [float(divergence_of(logits, buckets(teacher, k, 1.0))) for k in (1, 2, 5, 20, V - 1, V)]
+    full = torch.nn.functional.kl_div(
+        torch.log_softmax(logits, -1), torch.log_softmax(teacher, -1), reduction="sum", log_target=True
+    )
+    assert found == sorted(found)
+    assert found[-2] <= float(full) + 1e-10
+    assert found[-1] == pytest.approx(float(full), abs=1e-10)
+
+
+def test_subset_renormalisation():
+    """A student that has the right ratios among the kept tokens but twice the tail is wrong, and is told so.
+
+    Renormalising both over the kept tokens, as is often done, would call it perfect; and the teacher itself is a minimum.
+    """
+    _, _, teacher, labels = model_and_teacher(bias=False)
+    targets = buckets(teacher, 7, 1.0)
+    ids = targets.token_ids
+    wrong = (teacher + 1.0).scatter(1, ids, teacher.gather(1, ids)).requires_grad_()
+    renormalised = torch.log_softmax(wrong.gather(1, ids), -1) - torch.log_softmax(teacher.gather(1, ids), -1)
+    assert renormalised.abs().max() < 1e-10, "blind to it"
+    loss = kd_loss_from_logits(wrong, labels, targets, Objective(1.0)).loss
+    assert float(loss.detach()) / N > 0.02
+    assert torch.autograd.grad(loss, wrong)[0].norm() > 0.1
+    right = teacher.clone().requires_grad_()
+    at_teacher = kd_loss_from_logits(right, labels, targets, Objective(1.0)).loss
+    assert abs(float(at_teacher.detach())) < 1e-10
+    assert torch.autograd.grad(at_teacher, right)[0].abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("tail", [-1e-9, -20.0, -69.0, -200.0, -torch.inf])
+def test_a_teacher_tail_of_any_size_is_finite(tail):
+    """From everything in the tail to nothing (1e-30 and below), value and gradient stay finite."""
+    torch.manual_seed(0)
+    tail = torch.full((1,), tail, dtype=torch.float64)
+    entries = torch.log_softmax(torch.randn(1, 3, dtype=torch.float64), -1) + torch.log(-torch.expm1(tail))
+    logits = torch.randn(1, V, dtype=torch.float64, requires_grad=True)
+    loss = kd_loss_from_logits(
+        logits, torch.tensor([1]), BucketTargets(torch.tensor([[0, 4, 9]]), entries, tail), Objective(1.0)
+    ).loss
+    assert torch.isfinite(loss)
+    assert torch.isfinite(torch.autograd.grad(loss, logits)[0]).all()
+
+
 def test_reported_loss_is_the_optimised_one():
     """T^2 stands in the value as in the gradient: a small step along -grad lowers the reported loss by |grad|^2."""
     hidden, head, teacher, labels = model_and_teacher(bias=False)
