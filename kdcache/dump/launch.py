@@ -28,15 +28,8 @@ from kdcache.corpus import CorpusCounts, load_rows
 from kdcache.dump.options import DumpOptions
 from kdcache.dump.plan import finished_before, make_plan, warn_about_versions
 from kdcache.errors import CacheIncompleteError, ConfigError, KDCacheError
-from kdcache.models import (
-    check_packing,
-    find_model,
-    head_of,
-    keep_freed_memory,
-    load_model,
-    load_tokenizer,
-    parse_dtype,
-)
+from kdcache.heads import check_packing, head_of
+from kdcache.models import find_model, keep_freed_memory, load_model, load_tokenizer, parse_dtype
 from kdcache.progress import Progress
 
 if TYPE_CHECKING:

@@ -17,16 +17,8 @@ import torch
 
 from kdcache.cache.reader import CacheReader
 from kdcache.errors import CacheMismatchError
-from kdcache.models import (
-    OutputHead,
-    describe_tokenizer,
-    find_model,
-    head_of,
-    hidden_states,
-    load_model,
-    load_tokenizer,
-    split_is_exact,
-)
+from kdcache.heads import OutputHead, head_of, hidden_states, split_is_exact
+from kdcache.models import describe_tokenizer, find_model, load_model, load_tokenizer
 from kdcache.targets import TokenSequence
 
 if TYPE_CHECKING:

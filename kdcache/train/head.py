@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from kdcache.models import OutputHead
+from kdcache.heads import OutputHead
 from kdcache.train.losses import Divergence, forward_kl
 
 # Elements of a chunk of logits: 64 MB of float32.

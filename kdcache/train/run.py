@@ -16,15 +16,8 @@ from kdcache.cache.commit import read_commits
 from kdcache.cache.reader import CacheReader, open_cache
 from kdcache.config import read_section, write_provenance
 from kdcache.errors import CacheMismatchError, ConfigError
-from kdcache.models import (
-    check_packing,
-    find_model,
-    keep_freed_memory,
-    load_model,
-    load_tokenizer,
-    pick_device,
-    quiet_progress,
-)
+from kdcache.heads import check_packing
+from kdcache.models import find_model, keep_freed_memory, load_model, load_tokenizer, pick_device, quiet_progress
 from kdcache.targets import check_alignment
 from kdcache.train.options import TrainOptions
 from kdcache.train.student import check_student

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kdcache.cache.codec import CompactTargets
 from kdcache.cache.reader import CacheReader
-from kdcache.models import OutputHead
+from kdcache.heads import OutputHead
 from kdcache.targets import TokenSequence, temperature_index
 from kdcache.train.head import BucketTargets, FullTargets, Targets
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kdcache.cache.reader import CacheReader
 from kdcache.corpus import load_rows
 from kdcache.errors import CacheMismatchError, ConfigError, ModelError
+from kdcache.heads import trunk_of
 from kdcache.models import (
     describe_tokenizer,
     find_model,
@@ -20,7 +21,6 @@ from kdcache.models import (
     load_tokenizer,
     parse_dtype,
     quiet_progress,
-    trunk_of,
 )
 from kdcache.specs import TokenizerSpec
 from kdcache.train.options import InitOptions

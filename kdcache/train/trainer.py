@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from kdcache.cache.reader import CacheReader
 from kdcache.errors import ConfigError
-from kdcache.models import OutputHead, head_of, hidden_states, split_is_exact
+from kdcache.heads import OutputHead, head_of, hidden_states, split_is_exact
 from kdcache.progress import Progress
 from kdcache.train.head import LossSums, Objective, kd_loss, kd_loss_from_logits
 from kdcache.train.losses import LOSSES

@@ -20,7 +20,7 @@ from kdcache.cache.store import LocalStore
 from kdcache.dump.launch import dump
 from kdcache.dump.options import DumpOptions
 from kdcache.errors import CacheMismatchError, ConfigError
-from kdcache.models import OutputHead
+from kdcache.heads import OutputHead
 from tests.abuse.crashes import assert_same, contents
 from tests.conftest import VOCAB_SIZE, make_llama
 from tests.strategies import log_softmax

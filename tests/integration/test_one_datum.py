@@ -12,7 +12,8 @@ from kdcache.dump.engines.transformers import TransformersEngine
 from kdcache.dump.options import DumpOptions
 from kdcache.dump.plan import make_plan
 from kdcache.dump.worker import _Sums
-from kdcache.models import find_model, head_of, hidden_states, load_model, load_tokenizer
+from kdcache.heads import head_of, hidden_states
+from kdcache.models import find_model, load_model, load_tokenizer
 from kdcache.train.head import Objective, kd_loss
 from kdcache.train.stream import TargetDecoder, collate
 

@@ -19,7 +19,8 @@ from kdcache.dump.options import DumpOptions
 from kdcache.dump.plan import make_plan
 from kdcache.dump.worker import plan_batches
 from kdcache.errors import ModelError, StoreError, TeacherOutputError
-from kdcache.models import find_model, head_of, load_model
+from kdcache.heads import head_of
+from kdcache.models import find_model, load_model
 from kdcache.targets import SparseTargets, TokenSequence
 from tests.conftest import VOCAB_SIZE, make_llama
 

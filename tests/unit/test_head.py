@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from kdcache.models import OutputHead
+from kdcache.heads import OutputHead
 from kdcache.train.head import (
     BucketTargets,
     FullTargets,

@@ -2,7 +2,7 @@
 
 Logits never exist for more than a chunk. Padded rows of the vocabulary are left out before anything is selected. When
 memory runs out a batch is halved and done again; the commit says how often. A model whose head is not understood
-(:func:`kdcache.models.split_is_exact`) is run whole instead, one sequence at a time, with one warning.
+(:func:`kdcache.heads.split_is_exact`) is run whole instead, one sequence at a time, with one warning.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from kdcache.dump.select import Selected, select_top_k
 from kdcache.errors import ModelError, TeacherOutputError
-from kdcache.models import OutputHead, head_of, hidden_states, split_is_exact
+from kdcache.heads import OutputHead, head_of, hidden_states, split_is_exact
 from kdcache.targets import SparseTargets, TokenSequence
 
 if TYPE_CHECKING:
