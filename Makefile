@@ -22,6 +22,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 
 demo: setup
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash pipelines/quickstart/run.sh demo-output
+	@echo "kdcache is in $(VENV)/bin: source $(VENV)/bin/activate"
 
 test: setup
 	$(PY) -m pytest -n 2 --dist loadgroup
