@@ -14,7 +14,7 @@ import bisect
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -212,13 +212,12 @@ class Document:
 
 @dataclass(slots=True)
 class CorpusCounts:
-    """What became of the rows of a range, said aloud once a dump is done."""
+    """What became of the rows of a range; kept in the commit of its shard, and said aloud once a dump is done."""
 
     num_rows: int = 0
     num_skipped: int = 0
     num_truncated: int = 0
     num_split: int = 0
-    notes: list[str] = field(default_factory=list)
 
 
 def tokenize_row(row: dict[str, Any], spec: CorpusSpec, tokenizer: PreTrainedTokenizerBase) -> Document | None:

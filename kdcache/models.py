@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from kdcache.errors import ModelError
+from kdcache.errors import CacheMismatchError, ModelError
 from kdcache.specs import TokenizerSpec, canonical_json
 
 if TYPE_CHECKING:
@@ -274,6 +274,53 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> TokenizerSpec:
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, ensure_ascii=True).encode()).hexdigest()[:32]
+
+
+def check_student(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cached: TokenizerSpec, vocab_size: int, seq_len: int
+) -> None:
+    """Refuse a student that does not speak a cache's tokens, or cannot read its sequences.
+
+    Args:
+        model: The student.
+        tokenizer: The student's.
+        cached: The tokenizer of the cache.
+        vocab_size: V of the cache.
+        seq_len: Its longest sequence.
+
+    Raises:
+        CacheMismatchError: Another tokenizer, fewer embeddings than the cache has tokens, or a shorter context; both values
+            are named.
+    """
+    student = describe_tokenizer(tokenizer)
+    if student.digest != cached.digest:
+        raise CacheMismatchError(
+            f"cache and student use different tokenizers: cache {cached.digest[:12]} ({cached.num_tokens} tokens), student "
+            f"{student.digest[:12]} ({student.num_tokens} tokens): {_tokenizer_difference(student, cached)}",
+            hint="make the student with kdcache init-student, which copies the teacher's tokenizer, or dump a teacher that "
+            "has the student's",
+        )
+    width = model.get_input_embeddings().weight.shape[0]
+    if width < vocab_size:
+        raise CacheMismatchError(
+            f"the cache has {vocab_size} tokens, the student's embedding only {width} rows",
+            hint=f"student.resize_token_embeddings({vocab_size})",
+        )
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and context < seq_len:
+        raise CacheMismatchError(
+            f"the cache has sequences of up to {seq_len} tokens, the student's context is {context}",
+            hint="use a student with a longer context, or dump with a smaller --seq-len",
+        )
+
+
+def _tokenizer_difference(student: TokenizerSpec, cached: TokenizerSpec) -> str:
+    if student.vocab_digest == cached.vocab_digest:
+        return "same vocabulary, but they cut text differently"
+    if student.num_tokens == cached.num_tokens:
+        return "same size, different map"
+    longer = "student" if student.num_tokens > cached.num_tokens else "cache"
+    return f"the {longer}'s has {abs(student.num_tokens - cached.num_tokens)} tokens more"
 
 
 # --- process ----------------------------------------------------------------------------------------------------------

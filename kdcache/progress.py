@@ -1,8 +1,9 @@
-"""Progress of a long job: a bar on a terminal, a line a minute in a log. Always on stderr."""
+"""Progress of a long job: a bar on a terminal, a line a minute in a log. Always on stderr, and from the first rank only."""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from types import TracebackType
@@ -12,8 +13,16 @@ logger = logging.getLogger(__name__)
 LOG_SECONDS = 60.0
 
 
+def launched_rank() -> tuple[int, int]:
+    """``(rank, world size)`` under torchrun or srun; ``(0, 1)`` elsewhere."""
+    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if rank in os.environ and size in os.environ:
+            return int(os.environ[rank]), int(os.environ[size])
+    return 0, 1
+
+
 class Progress:
-    """Shows how far a job is.
+    """Shows how far a job is; says nothing on other ranks than the first.
 
     Args:
         name: Of the job.
@@ -24,11 +33,12 @@ class Progress:
     def __init__(self, name: str, total: float, done: float = 0.0) -> None:
         self.name, self.total, self.before = name, total, done
         self._started = self._logged = time.monotonic()
+        self._is_first = launched_rank()[0] == 0
         self._bar: Any = None
         self._task: Any = None
 
     def __enter__(self) -> Progress:
-        if sys.stderr.isatty():
+        if self._is_first and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
             from rich.progress import Progress as RichProgress
@@ -63,7 +73,7 @@ class Progress:
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=self.before + done, line=line)
-        elif now - self._logged >= LOG_SECONDS:
+        elif self._is_first and now - self._logged >= LOG_SECONDS:
             self._logged = now
             logger.info("%s: %s", self.name, line)
 

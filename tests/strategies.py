@@ -189,6 +189,10 @@ def build_shard(plan: Plan, shard: int) -> tuple[memoryview, ShardStats]:
     for sequence, targets in rows:
         builder.add(sequence, targets)
     stats = ShardStats(
+        num_rows=len(rows),
+        num_rows_skipped=0,
+        num_rows_truncated=0,
+        num_rows_split=0,
         num_sequences=len(rows),
         num_positions=sum(len(sequence) for sequence, _ in rows),
         num_targets=sum(len(targets) for _, targets in rows),

@@ -98,8 +98,12 @@ class Plan(Record):
 
 
 class ShardStats(Record):
-    """Sums over a shard; the ``sum_*`` are in nats or probability over the targets."""
+    """Sums over a shard; the ``sum_*`` are in nats or probability over the targets, ``num_rows_*`` say what became of rows."""
 
+    num_rows: Count
+    num_rows_skipped: Count
+    num_rows_truncated: Count
+    num_rows_split: Count
     num_sequences: Count
     num_positions: Count
     num_targets: Count

@@ -16,6 +16,7 @@ import click
 
 from kdcache import __version__
 from kdcache.errors import KDCacheError
+from kdcache.progress import launched_rank
 
 COMMANDS = {
     "dump-teacher": "kdcache.cli.dump_teacher",
@@ -46,8 +47,9 @@ class KDCacheGroup(click.Group):
         try:
             return super().invoke(ctx)
         except KDCacheError as error:
-            if os.environ.get("RANK", "0") != "0":
-                click.echo(f"rank {os.environ['RANK']}:", err=True)
+            rank, world_size = launched_rank()
+            if world_size > 1:
+                click.echo(f"rank {rank}:", err=True)
             click.echo(f"error: {error.message}", err=True)
             if error.hint:
                 click.echo(f"\nhint: {error.hint}", err=True)
@@ -67,4 +69,5 @@ def main(quiet: bool) -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries; ours become a line a minute
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    quiet = quiet or launched_rank()[0] > 0  # what is said once is said by the first rank
     logging.getLogger("kdcache").setLevel(logging.WARNING if quiet else logging.INFO)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from kdcache.cli.flags import flags_of, given
 from kdcache.config import resolve_options
+from kdcache.progress import launched_rank
+
+if TYPE_CHECKING:
+    from kdcache.dump.launch import DumpResult
 from kdcache.dump.options import DumpOptions
 
 
@@ -24,26 +28,32 @@ def command(config: str | None, **flags: Any) -> None:
 
     options = resolve_options(DumpOptions, "dump-teacher", given(flags), config)
     result = dump(options)
-    manifest = result.manifest
+    if launched_rank()[0] == 0:
+        report(options.output, result)
+    if result.stopped and not result.manifest.sealed:
+        sys.exit(128 + result.stopped)
+
+
+def report(output: str, result: DumpResult) -> None:
+    """What the dump came to, and what became of the rows."""
+    manifest, stats = result.manifest, result.manifest.stats
     done, planned = len(manifest.shards.shard), manifest.spec.num_shards
     if result.already_done:
-        click.echo(f"all done: {options.output} is complete ({planned} shards), made with these very options")
+        click.echo(f"all done: {output} is complete ({planned} shards), made with these very options")
         return
-    counts = result.counts
-    for number, what in (
-        (counts.num_skipped, "rows had nothing to learn and were skipped"),
-        (counts.num_truncated, "chats or completions were longer than a sequence and were truncated"),
-        (counts.num_split, "texts were longer than a sequence and go on in the next"),
-    ):
-        if number:
-            click.echo(f"{number:,} of {counts.num_rows:,} {what}", err=True)
     if not manifest.sealed:
         click.echo(f"{done} of {planned} shards are committed; run the same command again to go on", err=True)
-        sys.exit(128 + result.stopped if result.stopped else 0)
-    stats = manifest.stats
+        return
+    for number, what in (
+        (stats.num_rows_skipped, "rows had nothing to learn and were skipped"),
+        (stats.num_rows_truncated, "chats or completions were longer than a sequence and were truncated"),
+        (stats.num_rows_split, "texts were longer than a sequence and go on in the next"),
+    ):
+        if number:
+            click.echo(f"{number:,} of {stats.num_rows:,} {what}", err=True)
     tail = stats.sum_tail_mass / max(stats.num_targets, 1)
     kept = "" if manifest.spec.targets.scheme == "hidden" else f", {1 - tail:.1%} of the mass kept"
     click.echo(
-        f"{options.output}: {stats.num_positions:,} tokens in {planned} shards, {manifest.num_bytes:,} bytes "
+        f"{output}: {stats.num_positions:,} tokens in {planned} shards, {manifest.num_bytes:,} bytes "
         f"({manifest.num_bytes / max(stats.num_positions, 1):.1f} a token){kept}"
     )

@@ -8,6 +8,7 @@ import click
 
 from kdcache.cli.flags import flags_of, given
 from kdcache.config import resolve_options
+from kdcache.progress import launched_rank
 from kdcache.train.options import TrainOptions
 
 
@@ -23,6 +24,8 @@ def command(config: str | None, **flags: Any) -> None:
 
     options = resolve_options(TrainOptions, "train-student", given(flags), config)
     result = train(options)
+    if launched_rank()[0] > 0:
+        return
     record = result.results
     if result.already_done:
         click.echo(f"all done: {options.output} was trained with these very options")

@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
@@ -24,13 +24,13 @@ from kdcache.cache.manifest import Manifest, Plan
 from kdcache.cache.shard import digest
 from kdcache.cache.store import LocalStore
 from kdcache.config import write_provenance
-from kdcache.corpus import CorpusCounts, load_rows
+from kdcache.corpus import load_rows
 from kdcache.dump.options import DumpOptions
 from kdcache.dump.plan import finished_before, make_plan, warn_about_versions
 from kdcache.errors import CacheIncompleteError, ConfigError, KDCacheError
 from kdcache.heads import check_packing, head_of
 from kdcache.models import find_model, keep_freed_memory, load_model, load_tokenizer, parse_dtype
-from kdcache.progress import Progress
+from kdcache.progress import Progress, launched_rank
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -55,7 +55,6 @@ class DumpResult:
     manifest: Manifest
     already_done: bool = False
     stopped: int = 0
-    counts: CorpusCounts = field(default_factory=CorpusCounts)
 
 
 def dump(options: DumpOptions) -> DumpResult:
@@ -84,22 +83,13 @@ def dump(options: DumpOptions) -> DumpResult:
     num_done = len(committed_shards(store))
     if num_done:
         logger.info("%d of %d shards are committed already; going on", num_done, plan.spec.num_shards)
-    counts = CorpusCounts()
     stopped = 0
     if num_done < plan.spec.num_shards:
         if world_size > 1 or options.workers == 1:
-            stopped, counts = _run_here(store, options, plan, rows, rank, world_size, num_done)
+            stopped = _run_here(store, options, plan, rows, rank, world_size, num_done)
         else:
             stopped = _run_processes(store, options, plan, num_done)
-    return DumpResult(seal(store), stopped=stopped, counts=counts)
-
-
-def launched_rank() -> tuple[int, int]:
-    """``(rank, world size)`` under torchrun or srun; ``(0, 1)`` elsewhere."""
-    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-        if rank in os.environ and size in os.environ:
-            return int(os.environ[rank]), int(os.environ[size])
-    return 0, 1
+    return DumpResult(seal(store), stopped=stopped)
 
 
 def local_device(options: DumpOptions, plan: Plan, rank: int) -> str:
@@ -171,7 +161,7 @@ def progress_line(plan: Plan, shards_done: float, positions: float, seconds: flo
 
 def _run_here(
     store: LocalStore, options: DumpOptions, plan: Plan, rows: Dataset, rank: int, size: int, num_done: int
-) -> tuple[int, CorpusCounts]:
+) -> int:
     with Progress("dump", plan.spec.num_shards, num_done) as progress, stop_on_signals() as stop:
         worker = make_worker(store, options, plan, rows, rank, size)
         positions, shards = 0, 0.0
@@ -179,12 +169,13 @@ def _run_here(
         def on_progress(more: int, fraction: float) -> None:
             nonlocal positions
             positions += more
-            done = shards + fraction
-            progress.update(done, progress_line(plan, num_done + done, positions, progress.seconds))
+            done = shards + (fraction if fraction < 1 else 0.0)
+            line = progress_line(plan, num_done + done, positions, progress.seconds)
+            progress.update(done, line + (" on this rank" if size > 1 else ""))
 
         def on_committed() -> None:
             nonlocal shards
-            shards += 1
+            shards = len(committed_shards(store)) - num_done if size > 1 else shards + 1
 
         worker.on_progress, worker.on_committed, worker.should_stop = (
             on_progress,
@@ -192,7 +183,7 @@ def _run_here(
             lambda: bool(stop.signal),
         )
         worker.work()
-    return stop.signal, worker.counts
+    return stop.signal
 
 
 def _run_processes(store: LocalStore, options: DumpOptions, plan: Plan, num_done: int) -> int:
@@ -215,17 +206,19 @@ def _run_processes(store: LocalStore, options: DumpOptions, plan: Plan, num_done
             sender.close()
             processes.append(process)
             pipes.append(receiver)
-        forwarded = 0
+        errors: list[KDCacheError] = []
+        forwarded = False
         while any(process.is_alive() for process in processes):
             time.sleep(REFRESH_SECONDS / 5)
             done = sum(shared[1::3]) + sum(shared[2::3])
             progress.update(done, progress_line(plan, num_done + done, sum(shared[0::3]), progress.seconds))
-            if stop.signal and not forwarded:
-                forwarded = stop.signal
+            errors += _receive(pipes)
+            if (stop.signal or errors) and not forwarded:
+                forwarded = True  # the others finish the shard in hand, whether a user or a failure asks them to stop
                 for process in processes:
                     if process.is_alive() and process.pid:
                         os.kill(process.pid, signal.SIGTERM)
-        errors = [error for pipe in pipes if (error := _receive(pipe)) is not None]
+        errors += _receive(pipes)
     if errors:
         raise errors[0]
     died = {process.name: process.exitcode for process in processes if process.exitcode}
@@ -240,11 +233,16 @@ def _run_processes(store: LocalStore, options: DumpOptions, plan: Plan, num_done
     return stop.signal
 
 
-def _receive(pipe: Connection) -> KDCacheError | None:
-    try:
-        return pipe.recv() if pipe.poll() else None
-    except EOFError:
-        return None
+def _receive(pipes: list[Connection]) -> list[KDCacheError]:
+    """The errors that workers have sent since."""
+    errors = []
+    for pipe in pipes:
+        try:
+            if pipe.poll():
+                errors.append(pipe.recv())
+        except EOFError:
+            continue
+    return errors
 
 
 def _worker_process(options: DumpOptions, rank: int, shared: Any, failures: Connection) -> None:

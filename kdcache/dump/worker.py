@@ -67,7 +67,6 @@ class Worker:
     should_stop: Callable[[], bool] = lambda: False
     on_progress: Callable[[int, float], None] = lambda positions, fraction: None
     on_committed: Callable[[], None] = lambda: None
-    counts: CorpusCounts = field(default_factory=CorpusCounts)
     _pending: Future[None] | None = None
     _executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "kdcache-writer"))
 
@@ -98,10 +97,10 @@ class Worker:
         """Dump one shard; its last batch and its commit are finished in the background."""
         started, splits_before = time.monotonic(), self.engine.num_splits
         spec, shard = self.plan.spec, lease.shard
-        rows = (self.rows[i] for i in spec.rows(shard))
-        sequences = make_sequences(rows, spec.corpus, self.tokenizer, self.counts)
+        rows, counts = (self.rows[i] for i in spec.rows(shard)), CorpusCounts()
+        sequences = make_sequences(rows, spec.corpus, self.tokenizer, counts)
         frames: dict[int, dict[str, bytes]] = {}
-        stats = _Sums()
+        stats = ShardSums()
         codec = spec.make_codec()
 
         def encode(indices: Sequence[int], batch: list[SparseTargets]) -> None:
@@ -116,7 +115,7 @@ class Worker:
             for index, sequence in enumerate(sequences):
                 builder.add_frames(sequence, frames[index])
             commit_shard(
-                self.store, self.plan, shard, memoryview(builder.finish()), stats.total(),
+                self.store, self.plan, shard, memoryview(builder.finish()), stats.total(counts),
                 worker=f"{hostname()}:{os.getpid()}", seconds=time.monotonic() - started,
                 batch_splits=self.engine.num_splits - splits_before, head_digest=self.head_digest,
             )  # fmt: skip
@@ -166,13 +165,14 @@ class Worker:
         return TeacherOutputError(f"shard {shard:05d}: {error.message}, in a batch but in none of its sequences alone")
 
 
-class _Sums:
+class ShardSums:
     """Statistics of a shard, summed in the order of its sequences whatever the order of batches."""
 
     def __init__(self) -> None:
         self._rows: dict[int, tuple[int, int, int, float, float, float]] = {}
 
     def add(self, index: int, sequence: TokenSequence, targets: SparseTargets) -> None:
+        """Count a sequence in."""
         self._rows[index] = (
             len(sequence),
             len(targets),
@@ -182,9 +182,14 @@ class _Sums:
             float(-targets.label_logprobs.sum(dtype=np.float64)),
         )
 
-    def total(self) -> ShardStats:
+    def total(self, counts: CorpusCounts) -> ShardStats:
+        """Statistics for the commit."""
         columns = list(zip(*(self._rows[index] for index in sorted(self._rows)), strict=True)) or [()] * 6
         return ShardStats(
+            num_rows=counts.num_rows,
+            num_rows_skipped=counts.num_skipped,
+            num_rows_truncated=counts.num_truncated,
+            num_rows_split=counts.num_split,
             num_sequences=len(self._rows),
             num_positions=sum(columns[0]),
             num_targets=sum(columns[1]),

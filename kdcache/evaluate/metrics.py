@@ -16,9 +16,8 @@ import numpy as np
 import torch
 
 from kdcache.cache.reader import CacheReader
-from kdcache.errors import CacheMismatchError
-from kdcache.heads import OutputHead, head_of, hidden_states, split_is_exact
-from kdcache.models import describe_tokenizer, find_model, load_model, load_tokenizer
+from kdcache.heads import OutputHead, check_packing, head_of, hidden_states, split_is_exact
+from kdcache.models import check_student, find_model, load_model, load_tokenizer
 from kdcache.targets import TokenSequence
 
 if TYPE_CHECKING:
@@ -99,12 +98,10 @@ class TeacherStates:
         )
 
 
-def evaluate_teacher(states: TeacherStates) -> Metrics:
+def evaluate_teacher(states: TeacherStates, *, on_sequence: Callable[[int], None] = lambda done: None) -> Metrics:
     """The teacher against itself: its perplexity, and the zeros that everything else is held against."""
     spec = states.reader.spec.teacher
-    return _evaluate(
-        states, lambda sequence: None, states.head, Metrics(spec.name, spec.num_parameters), lambda _: None
-    )
+    return _evaluate(states, lambda sequence: None, states.head, Metrics(spec.name, spec.num_parameters), on_sequence)
 
 
 def evaluate_model(
@@ -117,17 +114,15 @@ def evaluate_model(
     """Load a model, hold it against the teacher's states, let it go.
 
     Raises:
-        CacheMismatchError: Another tokenizer than the cache's.
+        CacheMismatchError: It does not speak the cache's tokens.
     """
     source = find_model(name)
-    tokenizer = describe_tokenizer(load_tokenizer(source, trust_remote_code=trust_remote_code))
-    cached = states.reader.spec.tokenizer
-    if tokenizer.digest != cached.digest:
-        raise CacheMismatchError(
-            f"{name} and the teacher cache use different tokenizers: {tokenizer.digest[:12]} and {cached.digest[:12]}",
-            hint="KL between distributions over different tokens has no meaning; use a student with the teacher's tokenizer",
-        )
+    spec = states.reader.spec
     model = load_model(source, dtype=torch.float32, device=states.device, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    check_student(model, tokenizer, spec.tokenizer, spec.teacher.vocab_size, spec.corpus.seq_len)
+    if spec.corpus.packing:
+        check_packing(model)
     metrics = Metrics(name, sum(p.numel() for p in model.parameters()))
     if split_is_exact(model):
         head = head_of(model).first(states.reader.vocab_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from kdcache.cache.reader import open_cache
 from kdcache.evaluate.metrics import Metrics, TeacherStates, evaluate_model, evaluate_teacher
 from kdcache.evaluate.options import EvaluateOptions
 from kdcache.models import keep_freed_memory, pick_device
+from kdcache.progress import Progress
 
 TRAIN_RESULTS = "train_results.json"
 
@@ -28,11 +30,17 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     keep_freed_memory()
     reader = open_cache(options.teacher_cache)
     states = TeacherStates(reader, pick_device(options.device))
-    rows = [("teacher", evaluate_teacher(states))]
-    named = [("student", options.student), ("baseline", options.baseline)]
-    for role, name in named:
-        if name is not None:
-            metrics = evaluate_model(name, states, trust_remote_code=options.trust_remote_code)
+    named = {"student": options.student, "baseline": options.baseline}
+    models = {role: name for role, name in named.items() if name is not None}
+    with Progress("evaluate", len(reader) * (1 + len(models))) as progress:
+
+        def show(role: str, before: int) -> Callable[[int], None]:
+            return lambda done: progress.update(before + done, f"{role}, {done}/{len(reader)} sequences")
+
+        rows = [("teacher", evaluate_teacher(states, on_sequence=show("teacher", 0)))]
+        for role, name in models.items():
+            on_sequence = show(role, len(rows) * len(reader))
+            metrics = evaluate_model(name, states, trust_remote_code=options.trust_remote_code, on_sequence=on_sequence)
             metrics.extra |= _training_record(name)
             rows.append((role, metrics))
             gc.collect()

@@ -17,10 +17,17 @@ from kdcache.cache.reader import CacheReader, open_cache
 from kdcache.config import read_section, write_provenance
 from kdcache.errors import CacheMismatchError, ConfigError
 from kdcache.heads import check_packing
-from kdcache.models import find_model, keep_freed_memory, load_model, load_tokenizer, pick_device, quiet_progress
+from kdcache.models import (
+    check_student,
+    find_model,
+    keep_freed_memory,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    quiet_progress,
+)
 from kdcache.targets import check_alignment
 from kdcache.train.options import TrainOptions
-from kdcache.train.student import check_student
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +81,7 @@ def train(options: TrainOptions) -> TrainResult:
     model = load_model(
         source, dtype=torch.float32, attention=options.attention, trust_remote_code=options.trust_remote_code
     )
-    check_student(model, tokenizer, reader)
+    check_student(model, tokenizer, reader.spec.tokenizer, reader.vocab_size, reader.spec.corpus.seq_len)
     if reader.spec.corpus.packing:
         check_packing(model)
     _warn_about_sizes(reader, sum(p.numel() for p in model.parameters()))

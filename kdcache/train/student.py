@@ -1,4 +1,4 @@
-"""A student model: loaded, cut out of a teacher, or random in a given shape; held against the cache before it trains."""
+"""A student model to begin with: layers cut out of a teacher, or random weights in a given shape."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcache.cache.reader import CacheReader
 from kdcache.corpus import load_rows
-from kdcache.errors import CacheMismatchError, ConfigError, ModelError
+from kdcache.errors import ConfigError, ModelError
 from kdcache.heads import trunk_of
 from kdcache.models import (
-    describe_tokenizer,
     find_model,
     load_config,
     load_model,
@@ -22,7 +20,6 @@ from kdcache.models import (
     parse_dtype,
     quiet_progress,
 )
-from kdcache.specs import TokenizerSpec
 from kdcache.train.options import InitOptions
 
 if TYPE_CHECKING:
@@ -30,43 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-
-def check_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, reader: CacheReader) -> None:
-    """Refuse a student that does not speak the cache's tokens.
-
-    Raises:
-        CacheMismatchError: Another tokenizer, or fewer embeddings than the cache has tokens; both values named.
-    """
-    student, cached = describe_tokenizer(tokenizer), reader.spec.tokenizer
-    if student.digest != cached.digest:
-        raise CacheMismatchError(
-            f"cache and student use different tokenizers: cache {cached.digest[:12]} ({cached.num_tokens} tokens), student "
-            f"{student.digest[:12]} ({student.num_tokens} tokens): {_tokenizer_difference(student, cached)}",
-            hint="make the student with kdcache init-student, which copies the teacher's tokenizer, or dump a teacher that "
-            "has the student's",
-        )
-    width = model.get_input_embeddings().weight.shape[0]
-    if width < reader.vocab_size:
-        raise CacheMismatchError(
-            f"the cache has {reader.vocab_size} tokens, the student's embedding only {width} rows",
-            hint=f"student.resize_token_embeddings({reader.vocab_size})",
-        )
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and context < reader.spec.corpus.seq_len:
-        raise CacheMismatchError(
-            f"the cache has sequences of up to {reader.spec.corpus.seq_len} tokens, the student's context is {context}",
-            hint="use a student with a longer context, or dump with a smaller --seq-len",
-        )
-
-
-def _tokenizer_difference(student: TokenizerSpec, cached: TokenizerSpec) -> str:
-    if student.vocab_digest == cached.vocab_digest:
-        return "same vocabulary, but they cut text differently"
-    if student.num_tokens == cached.num_tokens:
-        return "same size, different map"
-    longer = "student" if student.num_tokens > cached.num_tokens else "cache"
-    return f"the {longer}'s has {abs(student.num_tokens - cached.num_tokens)} tokens more"
 
 
 def init_student(options: InitOptions) -> dict[str, Any]:

@@ -166,6 +166,7 @@ def test_ranks_of_torchrun_end_in_the_same_bytes(tmp_path, reference, tiny_teach
                "dump-teacher", *map(str, flags)]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("tokens in") == 1, "the first rank speaks for all"
     assert_same(tmp_path / "c", contents(reference))
 
 

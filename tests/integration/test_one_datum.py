@@ -7,11 +7,11 @@ from kdcache.cache.commit import commit_shard, publish_plan, seal
 from kdcache.cache.reader import open_cache
 from kdcache.cache.shard import ShardBuilder
 from kdcache.cache.store import LocalStore
-from kdcache.corpus import load_rows, make_sequences
+from kdcache.corpus import CorpusCounts, load_rows, make_sequences
 from kdcache.dump.engines.transformers import TransformersEngine
 from kdcache.dump.options import DumpOptions
 from kdcache.dump.plan import make_plan
-from kdcache.dump.worker import _Sums
+from kdcache.dump.worker import ShardSums
 from kdcache.heads import head_of, hidden_states
 from kdcache.models import find_model, load_model, load_tokenizer
 from kdcache.train.head import Objective, kd_loss
@@ -27,7 +27,10 @@ def test_one_datum(tmp_path, tiny_teacher, tiny_student, corpus_file):
 
     # A row becomes token ids with a loss mask; documents are packed, and stay apart by their start positions.
     tokenizer = load_tokenizer(find_model(tiny_teacher))
-    (sequence, *_) = sequences = make_sequences(load_rows(corpus_file, "train[:2]"), plan.spec.corpus, tokenizer)
+    counts = CorpusCounts()
+    (sequence, *_) = sequences = make_sequences(
+        load_rows(corpus_file, "train[:2]"), plan.spec.corpus, tokenizer, counts
+    )
     assert tokenizer.decode(sequence.input_ids).startswith(rows[0]["text"][:8]) or len(sequence.document_starts) > 1
 
     # The teacher reads it: hidden states, logits a chunk at a time, the entries to keep, an exact tail at each temperature.
@@ -39,11 +42,11 @@ def test_one_datum(tmp_path, tiny_teacher, tiny_student, corpus_file):
     assert len(targets[0]) == sequence.target_mask.sum(), "row t speaks of the token at t + 1"
 
     # Targets become compressed columns, columns a row of a shard, and a commit makes the shard count.
-    builder, sums = ShardBuilder(plan.spec.make_codec(), plan.fingerprint, shard=0), _Sums()
+    builder, sums = ShardBuilder(plan.spec.make_codec(), plan.fingerprint, shard=0), ShardSums()
     for index, (one, said) in enumerate(zip(sequences, targets, strict=True)):
         builder.add(one, said)
         sums.add(index, one, said)
-    assert commit_shard(store, plan, 0, memoryview(builder.finish()), sums.total(), worker="me", seconds=0.0)
+    assert commit_shard(store, plan, 0, memoryview(builder.finish()), sums.total(counts), worker="me", seconds=0.0)
     assert seal(store).sealed
 
     # Phase 2 opens the cache by index, without a teacher; probabilities and tail sum to one.

@@ -231,6 +231,7 @@ def test_normalisation_over_ranks(tmp_path, top_cache, tiny_student):
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("6 steps") == 1, "the first rank speaks for all"
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=0, atol=2e-5)
 
 

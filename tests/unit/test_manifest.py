@@ -22,7 +22,7 @@ from tests.strategies import DIGEST, make_plan, make_spec
 def commit(shard, plan=None, **changes):
     # sums whose order matters in floating point
     stats = ShardStats(
-        num_sequences=3, num_positions=50 + shard, num_targets=40, num_entries=320,
+        num_rows=4, num_rows_skipped=1, num_rows_truncated=0, num_rows_split=0, num_sequences=3, num_positions=50 + shard, num_targets=40, num_entries=320,
         sum_tail_mass=[0.1, 1e16, -1e16, 0.3][shard % 4], sum_entropy=0.1 * shard, sum_label_nll=1e9 / (shard + 3),
     )  # fmt: skip
     fields = {
