@@ -72,7 +72,10 @@ def resolve_options(kind: type[OptionsT], command: str, flags: Mapping[str, Any]
             raise ConfigError(
                 f"{command}: --{place.replace('_', '-')} is needed", hint=f"kdcache {command} --help"
             ) from error
-        raise ConfigError(f"{command}: {place}: {first['msg']} (found {first.get('input')!r})") from error
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(
+            f"{command}: {place}: {message} (found {first.get('input')!r})", hint=f"kdcache {command} --help"
+        ) from error
 
 
 def read_section(config: str, command: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from kdcache.errors import CacheMismatchError, ModelError
+from kdcache.errors import CacheMismatchError, ConfigError, ModelError
 from kdcache.specs import TokenizerSpec, canonical_json
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ class _load_errors:
             raise ModelError(
                 f"model {self.source.name}: reading GGUF needs the gguf package", hint="pip install 'kdcache[gguf]'"
             ) from error
-        if isinstance(error, OSError | ValueError | KeyError) and not isinstance(error, MemoryError):
+        if isinstance(error, OSError | ValueError | KeyError | ImportError) and not isinstance(error, MemoryError):
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ModelError(f"model {self.source.name}: cannot be loaded: {first}") from error
 
@@ -327,12 +327,23 @@ def _tokenizer_difference(student: TokenizerSpec, cached: TokenizerSpec) -> str:
 
 
 def pick_device(device: str = "auto") -> str:
-    """``auto`` is the first CUDA GPU where there is one, else the CPU."""
-    if device != "auto":
-        return device
+    """``auto`` is the first CUDA GPU where there is one, else the CPU.
+
+    Raises:
+        ConfigError: No such device here.
+    """
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device {device}: {str(error).splitlines()[0]}",
+            hint="auto takes a GPU where there is one, and else the CPU",
+        ) from error
+    return device
 
 
 def parse_dtype(name: str, config: Any = None) -> torch.dtype:

@@ -28,11 +28,12 @@ from kdcache.cache.manifest import (
 )
 from kdcache.cache.shard import digest
 from kdcache.cache.store import TEMPORARY, LocalStore, hostname, is_running
-from kdcache.errors import CacheMismatchError, CacheNotFoundError
+from kdcache.errors import CacheMismatchError, CacheNotFoundError, ConfigError
 
 PLAN, MANIFEST, COMMITS, SHARDS, LEASES, TABLES = "plan.json", "manifest.json", "commits", "shards", "leases", "tables"
 LEASE_SECONDS = 120.0
 _COMMIT_NAME = re.compile(r"(\d{5,10})\.json")
+_SHARD_NAME = re.compile(r"\d{5,10}-[0-9a-f]{32}\.arrow")
 
 
 def commit_name(shard: int) -> str:
@@ -48,6 +49,30 @@ def shard_name(shard: int, shard_digest: str) -> str:
 def table_name(table_digest: str) -> str:
     """Where a table of these bytes stands (the teacher's output head)."""
     return f"{TABLES}/{table_digest}.safetensors"
+
+
+def check_no_cache(folder: str) -> None:
+    """Refuse to write something else into a cache's folder.
+
+    Raises:
+        ConfigError: There is a cache.
+    """
+    if LocalStore(folder).exists(PLAN):
+        raise ConfigError(f"--output {folder} is a cache", hint="name another folder")
+
+
+def check_is_ours(store: LocalStore) -> None:
+    """Refuse to begin a cache in a folder that holds something else.
+
+    Raises:
+        ConfigError: The folder is neither empty nor a cache.
+    """
+    others = sorted(set(store.list("")) - {TEMPORARY})
+    if others and not store.exists(PLAN):
+        raise ConfigError(
+            f"--output {store} is not a cache and not empty: it holds {', '.join(others[:3])}{' ...' if others[3:] else ''}",
+            hint="name a new folder",
+        )
 
 
 def read_plan(store: LocalStore) -> Plan:
@@ -95,7 +120,9 @@ def check_same_plan(store: LocalStore, standing: Plan, asked: Plan) -> None:
         )
         raise CacheMismatchError(
             f"{store} was begun with other settings:{lines}",
-            hint="use the old settings to go on with it, or another --output to begin a new one",
+            hint="use the old settings to go on with it, or another --output to begin a new one"
+            if committed_shards(store)
+            else f"nothing is committed there yet: remove {store} and run again, or use another --output",
         )
 
 
@@ -243,7 +270,7 @@ def seal(store: LocalStore) -> Manifest:
         return manifest
     named = {shard_name(s, d) for s, d in zip(manifest.shards.shard, manifest.shards.digest, strict=True)}
     for name in store.list(SHARDS):
-        if f"{SHARDS}/{name}" not in named:
+        if _SHARD_NAME.fullmatch(name) and f"{SHARDS}/{name}" not in named:
             store.delete(f"{SHARDS}/{name}")
     for name in store.list(LEASES):
         store.delete(f"{LEASES}/{name}")

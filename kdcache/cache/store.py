@@ -14,6 +14,7 @@ import os
 import re
 import socket
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from kdcache.errors import CacheNotFoundError, StoreError
@@ -69,10 +70,11 @@ class LocalStore:
 
     def list(self, folder: str) -> list[str]:
         """File names in a folder, sorted; empty when there is no folder."""
-        try:
-            return sorted(os.listdir(self.root / folder))
-        except FileNotFoundError:
-            return []
+        with self._errors(f"list {folder or 'the folder'}"):
+            try:
+                return sorted(os.listdir(self.root / folder))
+            except FileNotFoundError:
+                return []
 
     def put_if_absent(self, name: str, data: bytes | memoryview) -> bool:
         """Publish a file unless one stands there already; durable when this returns.
@@ -81,40 +83,43 @@ class LocalStore:
             False when another writer was first; the data are discarded then.
 
         Raises:
-            StoreError: The file system has no hard links, or no space.
+            StoreError: The file system has no hard links, no space, or cannot be written.
         """
         target = self.root / name
-        if target.exists():
-            return False
-        temporary = self._write_temporary(data)
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.link(temporary, target)
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if error.errno in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
-                raise StoreError(
-                    f"{self.root}: this file system has no hard links, so two writers cannot be told apart",
-                    hint="put the cache on a POSIX file system (ext4, xfs, Lustre, NFS)",
-                ) from error
-            raise
-        finally:
-            temporary.unlink()
-        _sync_folder(target.parent)
+        with self._errors(f"write {name}"):
+            if target.exists():
+                return False
+            temporary = self._write_temporary(data)
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.link(temporary, target)
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+                    raise StoreError(
+                        f"{self.root}: this file system has no hard links, so two writers cannot be told apart",
+                        hint="put the cache on a POSIX file system (ext4, xfs, Lustre, NFS)",
+                    ) from error
+                raise
+            finally:
+                temporary.unlink()
+            _sync_folder(target.parent)
         return True
 
     def replace(self, name: str, data: bytes) -> None:
         """Publish a file over whatever stands there. Only for what can be derived again."""
-        temporary = self._write_temporary(data)
         target = self.root / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(temporary, target)
-        _sync_folder(target.parent)
+        with self._errors(f"write {name}"):
+            temporary = self._write_temporary(data)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(temporary, target)
+            _sync_folder(target.parent)
 
     def delete(self, name: str) -> None:
         """Remove a file; no error when there is none."""
-        (self.root / name).unlink(missing_ok=True)
+        with self._errors(f"remove {name}"):
+            (self.root / name).unlink(missing_ok=True)
 
     def remove_abandoned(self) -> int:
         """Delete temporary files whose writer on this host no longer runs; how many there were."""
@@ -145,12 +150,23 @@ class LocalStore:
                 return path
             except FileNotFoundError:
                 continue  # the folder was tidied away by a peer between the two calls
-            except OSError as error:
+            except OSError:
                 path.unlink(missing_ok=True)
-                raise StoreError(
-                    f"{self.root}: cannot write {len(data)} bytes ({error.strerror})",
-                    hint="free some space and run the same command again: what is committed stays",
-                ) from error
+                raise
+
+    @contextlib.contextmanager
+    def _errors(self, what: str) -> Iterator[None]:
+        """Turn what the operating system refuses into a StoreError."""
+        try:
+            yield
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise StoreError(
+                f"{self.root}: cannot {what} ({error.strerror})",
+                hint="free some space and run the same command again: what is committed stays"
+                if full
+                else "name a folder that can be written; what is committed stays",
+            ) from error
 
 
 def hostname() -> str:

@@ -56,6 +56,14 @@ class KDCacheGroup(click.Group):
             ctx.exit(1)
 
 
+class _StderrHandler(logging.Handler):
+    """Messages as they are, on stderr as it is now."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one."""
+        click.echo(self.format(record), err=True)
+
+
 @click.group(cls=KDCacheGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="kdcache")
 @click.option("-q", "--quiet", is_flag=True, help="Only warnings and errors on stderr.")
@@ -68,6 +76,8 @@ def main(quiet: bool) -> None:
     """  # noqa: D301 - click's mark for lines to leave alone
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries; ours become a line a minute
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logger = logging.getLogger("kdcache")  # libraries have handlers of their own
+    if not logger.handlers:
+        logger.addHandler(_StderrHandler())
     quiet = quiet or launched_rank()[0] > 0  # what is said once is said by the first rank
-    logging.getLogger("kdcache").setLevel(logging.WARNING if quiet else logging.INFO)
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)

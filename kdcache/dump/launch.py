@@ -247,7 +247,6 @@ def _receive(pipes: list[Connection]) -> list[KDCacheError]:
 
 def _worker_process(options: DumpOptions, rank: int, shared: Any, failures: Connection) -> None:
     """Body of a spawned worker. Ends at once when its parent is gone."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     parent = os.getppid()
     store = LocalStore(options.output)
     with stop_on_signals(quiet=True) as stop:

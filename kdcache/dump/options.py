@@ -100,7 +100,10 @@ class DumpOptions(Options):
             value = [value]
         if not isinstance(value, list | tuple):
             return value
-        numbers = sorted({float(part) for part in value} | {1.0})
+        try:
+            numbers = sorted({float(part) for part in value} | {1.0})
+        except ValueError:
+            raise ValueError("numbers separated by commas were expected, as 1,2,4") from None
         if numbers[0] <= 0:
             raise ValueError("temperatures are above 0")
         return (1.0, *(number for number in numbers if number != 1.0))

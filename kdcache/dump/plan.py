@@ -9,7 +9,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from kdcache.cache.commit import current_manifest, publish_plan, read_plan
+from kdcache.cache.commit import check_is_ours, current_manifest, publish_plan, read_plan
 from kdcache.cache.manifest import CacheSpec, Manifest, Plan
 from kdcache.cache.store import LocalStore
 from kdcache.config import library_versions
@@ -83,6 +83,7 @@ def finished_before(store: LocalStore, options: DumpOptions) -> Manifest | None:
 
 def make_plan(store: LocalStore, options: DumpOptions) -> tuple[Plan, Dataset]:
     """Describe everything that moves the numbers, and publish it or agree with what was published."""
+    check_is_ours(store)
     standing = read_plan(store) if store.exists("plan.json") else None
     source = find_model(options.teacher, options.revision)
     config = load_config(source, trust_remote_code=options.trust_remote_code)

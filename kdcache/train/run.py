@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from kdcache.cache.commit import read_commits
+from kdcache.cache.commit import check_no_cache, read_commits
 from kdcache.cache.reader import CacheReader, open_cache
 from kdcache.config import read_section, write_provenance
 from kdcache.errors import CacheMismatchError, ConfigError
@@ -62,6 +62,7 @@ def train(options: TrainOptions) -> TrainResult:
         KDCacheError: Anything else that a user can meet.
     """
     output = Path(options.output)
+    check_no_cache(options.output)
     _check_same_run(output, options)
     if options.resume and (output / RESULTS).is_file():
         return TrainResult(json.loads((output / RESULTS).read_text()), already_done=True)
@@ -164,6 +165,7 @@ def training_arguments(options: TrainOptions) -> Any:
         "disable_tqdm": True,
         "use_cpu": pick_device() == "cpu",
     }
+    _check_loggers(given["report_to"])
     if options.gradient_checkpointing:
         names = {field.name for field in dataclasses.fields(TrainingArguments)}
         given["activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"] = True
@@ -176,6 +178,20 @@ def training_arguments(options: TrainOptions) -> Any:
         ) from error
     except (ValueError, ImportError, RuntimeError) as error:
         raise ConfigError(f"training: {str(error).splitlines()[0]}") from error
+
+
+def _check_loggers(names: list[str]) -> None:
+    """Refuse a logger that transformers does not know, or whose package is missing, before anything is loaded."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    for name in names:
+        try:
+            for callback in get_reporting_integration_callbacks([name]):
+                callback()
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise ConfigError(
+                f"report_to {name}: {str(error).splitlines()[0]}", hint=f"pip install {name}, or --report-to none"
+            ) from error
 
 
 def last_checkpoint(output: Path) -> str | None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdcache.cache.commit import check_no_cache
 from kdcache.corpus import load_rows
 from kdcache.errors import ConfigError, ModelError
 from kdcache.heads import trunk_of
@@ -44,6 +45,9 @@ def init_student(options: InitOptions) -> dict[str, Any]:
             hint="--layers 8 keeps 8 of the teacher's layers; --shape hidden_size=256 begins with random weights",
         )
     source = find_model(options.from_)
+    if Path(options.output).resolve() == Path(source.folder_or_name).resolve():
+        raise ConfigError(f"--output {options.output} is the teacher itself", hint="name another folder")
+    check_no_cache(options.output)
     tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
     about: dict[str, Any]
     if options.shape is not None:
@@ -69,6 +73,7 @@ def init_student(options: InitOptions) -> dict[str, Any]:
 
 
 def _random_student(options: InitOptions) -> PreTrainedModel:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM, set_seed
 
     assert options.shape is not None
@@ -82,8 +87,11 @@ def _random_student(options: InitOptions) -> PreTrainedModel:
                 f"--shape {name}: a {config.model_type} config has no such field",
                 hint=f"did you mean {close[0]}?" if close else "known are " + ", ".join(sorted(known)),
             )
-    for name, value in options.shape.items():
-        setattr(config, name, value)
+    try:
+        for name, value in options.shape.items():
+            setattr(config, name, value)
+    except StrictDataclassError as error:
+        raise ConfigError(f"--shape {name}={value}: {error.__cause__ or error!s}") from error
     if "head_dim" not in options.shape and getattr(config, "head_dim", None) and "hidden_size" in options.shape:
         config.head_dim = config.hidden_size // config.num_attention_heads
     if hasattr(config, "quantization_config"):
@@ -92,9 +100,15 @@ def _random_student(options: InitOptions) -> PreTrainedModel:
         config.layer_types = config.layer_types[: config.num_hidden_layers]
     set_seed(options.seed)
     try:
+        if hasattr(config, "validate"):
+            config.validate()
         model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, RuntimeError, ZeroDivisionError, TypeError) as error:
-        raise ConfigError(f"--shape {options.shape}: no such {config.model_type} model: {error}") from error
+    except (StrictDataclassError, ValueError, RuntimeError, ZeroDivisionError, TypeError) as error:
+        shape = ", ".join(f"{name}={value}" for name, value in options.shape.items())
+        raise ConfigError(
+            f"--shape {shape}: there is no such {config.model_type} model: {error.__cause__ or error}",
+            hint="sizes must fit each other: hidden_size is a multiple of num_attention_heads ...",
+        ) from error
     return model.to(parse_dtype(options.dtype, config))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from kdcache.errors import ModelError
+from kdcache.errors import ConfigError, ModelError
 from kdcache.models import (
     describe_model,
     describe_tokenizer,
@@ -156,7 +156,11 @@ def test_dtypes(tmp_path):
 
 
 def test_a_device_that_is_named_is_taken():
-    assert pick_device("cuda:1") == "cuda:1"
+    assert pick_device("cpu") == "cpu"
+    for absent in ("cuda:77", "tpu", ""):
+        with pytest.raises(ConfigError, match=f"device {absent}: ") as caught:
+            pick_device(absent)
+        assert caught.value.hint
     assert pick_device() == ("cuda" if torch.cuda.is_available() else "cpu")
 
 

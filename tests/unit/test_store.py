@@ -65,10 +65,19 @@ def test_no_space(store, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StoreError, match="cannot write 3 bytes \\(No space left on device\\)") as caught:
+    with pytest.raises(StoreError, match="cannot write x.json \\(No space left on device\\)") as caught:
         store.put_if_absent("x.json", b"abc")
     assert "run the same command again" in caught.value.hint
     assert all_files(store.root) == {}
+
+
+@pytest.mark.parametrize("act", [lambda s: s.put_if_absent("x.json", b"1"), lambda s: s.replace("x.json", b"1")])
+def test_a_root_that_is_a_file(tmp_path, act):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(StoreError, match="cannot write x.json") as caught:
+        act(LocalStore(tmp_path / "file"))
+    assert "can be written" in caught.value.hint
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_data_are_on_disk_before_the_name_is(store, monkeypatch):
