@@ -6,6 +6,7 @@ load on first use, and torch only where it is needed, so that ``inspect`` and ``
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -53,6 +54,11 @@ class KDCacheGroup(click.Group):
             click.echo(f"error: {error.message}", err=True)
             if error.hint:
                 click.echo(f"\nhint: {error.hint}", err=True)
+            ctx.exit(1)
+        except OSError as error:  # a place that cannot be written, a disk that is full: not a mistake in the program
+            if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            click.echo(f"error: {error.filename or 'writing'}: {error.strerror}", err=True)
             ctx.exit(1)
 
 

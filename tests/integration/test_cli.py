@@ -158,6 +158,8 @@ BAD = [
      "report_to paper"),
     (["evaluate", "--student", "{teacher}", "--teacher-cache", "/no/cache"], "not a kdcache cache"),
     (["evaluate", "--student", "/no/such", "--teacher-cache", "{held}"], "no such folder"),
+    (["evaluate", "--student", "{teacher}", "--teacher-cache", "{held}", "--output", "/no/such/r.json"],
+     "/no/such/r.json: No such file or directory"),
     (["inspect", "/no/cache"], "not a kdcache cache"),
     (["verify", "/no/cache"], "not a kdcache cache"),
 ]  # fmt: skip
