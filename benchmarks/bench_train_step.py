@@ -26,11 +26,11 @@ from kdcache.cache.reader import open_cache
 from kdcache.dump.launch import dump
 from kdcache.dump.options import DumpOptions
 from kdcache.models import find_model, keep_freed_memory, load_model
-from kdcache.train.head import Objective
+from kdcache.train.forward import extend_forward, run_objective
+from kdcache.train.objective import Objective
 from kdcache.train.options import InitOptions
-from kdcache.train.stream import CacheDataset, TargetDecoder, collate
+from kdcache.train.stream import CacheDataset, Item, TargetDecoder, collate
 from kdcache.train.student import init_student
-from kdcache.train.trainer import extend_forward, run_objective
 
 
 def main() -> None:
@@ -64,11 +64,11 @@ def main() -> None:
             data = CacheDataset(reader, with_targets=alpha > 0)
             batch = collate([data[i] for i in indices])
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                sums = run_objective(student, batch, Objective(alpha), decoder if alpha else None)
+                sums = run_objective(student, batch, Objective(alpha), [(1.0, decoder)] if alpha else [])
             step(sums.loss / int(batch["target_mask"].sum()))
 
         def live() -> None:
-            batch = collate([(reader.tokens(i), None, True) for i in indices])
+            batch = collate([Item(reader.tokens(i)) for i in indices])
             inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
             with torch.no_grad():
                 said = torch.log_softmax(teacher(**inputs).logits.float(), -1)

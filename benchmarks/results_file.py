@@ -17,9 +17,19 @@ def write(name: str, title: str, rows: list[tuple[str, object]], notes: str = ""
     width = max(len(key) for key, _ in rows)
     print("\n".join(f"{key:<{width}}  {value}" for key, value in rows))
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
+    return _save(name, title, f"| | |\n|---|---|\n{table}\n\n{notes}")
+
+
+def write_text(name: str, title: str, body: str) -> Path:
+    """The same for a body that is Markdown already."""
+    print(body)
+    return _save(name, title, body + "\n")
+
+
+def _save(name: str, title: str, body: str) -> Path:
     versions = ", ".join(f"{package} {version}" for package, version in library_versions().items())
     machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
     path = RESULTS / f"{name}_{datetime.now(UTC):%Y-%m-%d}.md"
     RESULTS.mkdir(exist_ok=True)
-    path.write_text(f"# {title}\n\n| | |\n|---|---|\n{table}\n\n{notes}{machine}; {versions}.\n")
+    path.write_text(f"# {title}\n\n{body}{machine}; {versions}.\n")
     return path

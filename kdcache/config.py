@@ -14,10 +14,10 @@ import platform
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from kdcache.errors import ConfigError
 
@@ -40,6 +40,31 @@ class Options(BaseModel):
     """Base of the options of a command: frozen, unknown names refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+def parse_weighted(value: Any) -> Any:
+    """``"a:0.7"``, a list of such, or a mapping, as path to weight. A path without a weight has weight 1."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        return value
+    out: dict[str, float] = {}
+    for part in value:
+        path, colon, weight = str(part).rpartition(":")
+        try:
+            number = float(weight) if colon else 1.0
+        except ValueError:  # the colon belongs to the path, as in s3://bucket
+            path, number = str(part), 1.0
+        path = path if colon and path else str(part)
+        if path in out:
+            raise ValueError(f"{path} is named twice")
+        out[path] = number
+    if not all(0 < number < float("inf") for number in out.values()):
+        raise ValueError("weights are above 0")
+    return out
+
+
+WeightedPaths = Annotated[dict[str, float], BeforeValidator(parse_weighted)]
 
 
 def resolve_options(kind: type[OptionsT], command: str, flags: Mapping[str, Any], config: str | None) -> OptionsT:

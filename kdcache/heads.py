@@ -58,6 +58,11 @@ class OutputHead:
         bias = None if self.bias is None else self.bias[:vocab_size]
         return OutputHead(self.weight[:vocab_size], bias, self.scale, self.softcap)
 
+    def to(self, device: str | torch.device) -> OutputHead:
+        """The head on another device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return OutputHead(self.weight.to(device), bias, self.scale, self.softcap)
+
     def to_bytes(self) -> bytes:
         """A safetensors file, the same bytes for the same head."""
         import safetensors.torch
@@ -105,6 +110,24 @@ def head_of(model: PreTrainedModel) -> OutputHead:
     config = model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     return OutputHead(linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None))
+
+
+def gather_head(head: OutputHead) -> OutputHead:
+    """A head that FSDP2 has cut over ranks, whole; its gradient goes back to the pieces, averaged as FSDP averages.
+
+    Heads that are whole already are given back as they are: FSDP gathers what belongs to the module whose forward runs.
+    """
+    from torch.distributed.tensor import DTensor, Partial
+
+    def whole(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        if not isinstance(tensor, DTensor):
+            return tensor
+        gathered: torch.Tensor = tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)
+        return gathered
+
+    weight = whole(head.weight)
+    assert weight is not None, "a head has a weight"
+    return OutputHead(weight, whole(head.bias), head.scale, head.softcap)
 
 
 def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:

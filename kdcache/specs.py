@@ -21,8 +21,18 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class AveragedSpec(Record):
+    """A teacher whose logits were averaged in: the fingerprint of its ``hidden`` cache, and its weight."""
+
+    fingerprint: Digest
+    weight: Annotated[float, Field(gt=0, lt=1)]
+
+
 class TeacherSpec(Record):
-    """The teacher and its numbers. ``digest`` is of config and weights; ``vocab_size`` leaves padded rows out."""
+    """The teacher and its numbers. ``digest`` is of config and weights; ``vocab_size`` leaves padded rows out.
+
+    ``averaged`` names the teachers whose logits were averaged in; this one has the rest of the weight.
+    """
 
     name: str
     digest: Digest
@@ -31,6 +41,7 @@ class TeacherSpec(Record):
     vocab_size: Annotated[int, Field(gt=0, le=1 << 32)]
     hidden_size: Positive
     num_parameters: Positive
+    averaged: tuple[AveragedSpec, ...] = ()
 
 
 class TokenizerSpec(Record):
@@ -57,18 +68,45 @@ class CorpusSpec(Record):
     assistant_only: bool
 
 
-class TargetSpec(Record):
-    """What is kept of the teacher's distributions."""
+Scheme = Literal["top_k", "top_p", "sampled", "systematic", "hybrid", "hidden"]
 
-    scheme: Literal["top_k", "hidden"]
+
+class TargetSpec(Record):
+    """What is kept of the teacher's distributions.
+
+    Attributes:
+        scheme: ``top_k``, ``top_p``, ``sampled``, ``systematic``, ``hybrid`` or ``hidden``.
+        k: Entries kept for their probability: all (top_k), at most (top_p), besides the draws (hybrid); 0 elsewhere.
+        top_p: Mass after which top_p stops; 1 elsewhere.
+        num_draws: Draws a position and temperature (sampled, systematic, hybrid); 0 elsewhere.
+        seed: Of the draws; 0 where nothing is drawn.
+        temperatures: The first is 1.
+    """
+
+    scheme: Scheme
     k: Annotated[int, Field(ge=0, le=1 << 20)]
     temperatures: Annotated[tuple[Annotated[float, Field(gt=0, le=1000)], ...], Field(min_length=1, max_length=16)]
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    num_draws: Annotated[int, Field(ge=0, lt=1 << 16)] = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
 
     @model_validator(mode="after")
-    def _first_is_one(self) -> Self:
+    def _fits_together(self) -> Self:
         if self.temperatures[0] != 1.0 or len(set(self.temperatures)) < len(self.temperatures):
             raise ValueError("temperatures begin with 1 and do not repeat")
+        if (self.scheme in DRAWN) != (self.num_draws > 0):
+            raise ValueError(f"{self.scheme} with {self.num_draws} draws")
+        if (self.scheme in ("top_k", "top_p", "hybrid")) != (self.k > 0):
+            raise ValueError(f"{self.scheme} with k = {self.k}")
         return self
+
+    @property
+    def max_entries(self) -> int:
+        """Most entries that a position can have."""
+        return self.k + self.num_draws * len(self.temperatures)
+
+
+DRAWN = ("sampled", "systematic", "hybrid")
 
 
 class CodecSpec(Record):

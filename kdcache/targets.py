@@ -9,6 +9,13 @@ token of a document is never a label.
 **The truncation.** A row keeps some entries (token id, logprob) and one number for all the rest, the tail. Logprobs are
 normalised over the whole vocabulary, so entries and tail together are a distribution over ``K + 1`` buckets.
 
+**The estimator.** What a row claims to be is declared by :attr:`SparseTargets.estimator`, and losses ask for nothing else:
+
+- ``buckets``: the K entries and the tail are the teacher's distribution, everything left out taken as one. A divergence over
+  them is a lower bound of the true one (top_k, top_p).
+- ``draws``: entries were drawn at random, ``counts`` times each. Their weights ``tau`` satisfy ``E[tau] = t`` over the whole
+  vocabulary, so sums weighted by ``tau / t`` are unbiased (sampled, systematic, hybrid). 2503.16870 for sampled.
+
 **Temperature.** ``softmax(z / T)`` is not computable from a truncated ``softmax(z)``: what the entries leave out at T = 2
 is often most of the mass. So the tail is measured at every declared temperature when the logits are at hand, and
 :meth:`SparseTargets.at_temperature` refuses any other.
@@ -17,6 +24,7 @@ is often most of the mass. So the tail is measured at every declared temperature
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +34,8 @@ from kdcache.errors import CacheMismatchError, ConfigError
 UIntArray = npt.NDArray[np.uint32]
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
+CountArray = npt.NDArray[np.uint16]
+Estimator = Literal["buckets", "draws"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,6 +96,8 @@ class SparseTargets:
         label_logprobs: ``[N]`` float32, the teacher's logprob of the label at T = 1: the witness of alignment.
         entropy: ``[N]`` float32, nats, of the full distribution at T = 1.
         hidden: ``[N, D]`` float32, the last hidden state, for the lossless ``hidden`` scheme; else None.
+        counts: ``[E, num_temperatures]`` uint16, how often each entry was drawn at each temperature, or None where nothing
+            was drawn. An entry that was drawn at none is an exact one: its weight is its probability.
     """
 
     temperatures: tuple[float, ...]
@@ -97,6 +109,7 @@ class SparseTargets:
     label_logprobs: FloatArray
     entropy: FloatArray
     hidden: FloatArray | None = None
+    counts: CountArray | None = None
 
     def __post_init__(self) -> None:
         n, num_kept = len(self.num_entries), int(self.num_entries.sum(dtype=np.int64))
@@ -105,9 +118,15 @@ class SparseTargets:
         assert self.tail_logprobs.shape == (n, len(self.temperatures)), "a tail for each position and temperature"
         assert self.logz.shape == self.label_logprobs.shape == self.entropy.shape == (n,)
         assert self.hidden is None or self.hidden.shape[0] == n
+        assert self.counts is None or self.counts.shape == (num_kept, len(self.temperatures))
 
     def __len__(self) -> int:
         return len(self.num_entries)
+
+    @property
+    def estimator(self) -> Estimator:
+        """``buckets`` or ``draws``, see the module docstring."""
+        return "buckets" if self.counts is None else "draws"
 
     @property
     def offsets(self) -> npt.NDArray[np.int64]:
@@ -136,6 +155,31 @@ class SparseTargets:
         """
         tail = self.tail_at(temperature)
         return rescale_entries(self.logprobs / np.float32(temperature), tail, self.num_entries), tail
+
+    def weights_at(self, temperature: float) -> FloatArray:
+        """The weights ``tau`` of the entries at a declared temperature.
+
+        Equals ``t_i`` for an exact entry and ``rest * counts_i / sum(counts)`` for a drawn one, where ``rest`` is what the
+        exact entries of the position leave: 1 for ``sampled`` and ``systematic``, so that ``tau = counts / N``.
+
+        Returns:
+            ``[E]`` float32.
+
+        Raises:
+            ConfigError: The temperature is not declared.
+        """
+        logprobs, tail = self.at_temperature(temperature)
+        probabilities = np.exp(logprobs.astype(np.float64))
+        if self.counts is None:
+            return probabilities.astype(np.float32)
+        drawn = self.counts.any(axis=1)
+        counts = self.counts[:, temperature_index(self.temperatures, temperature)].astype(np.float64)
+        position = np.repeat(np.arange(len(self)), self.num_entries)
+        # The tail and the drawn entries, rather than 1 - sum(exact): nothing cancels.
+        rest = np.exp(tail.astype(np.float64)) + np.bincount(position, probabilities * drawn, len(self))
+        num_draws = np.bincount(position, counts, len(self))
+        share = (rest / np.maximum(num_draws, 1))[position]
+        return np.where(drawn, counts * share, probabilities).astype(np.float32)
 
 
 def rescale_entries(scores: FloatArray, tail_logprobs: FloatArray, num_entries: UIntArray) -> FloatArray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import AutoModelForCausalLM
 
-from kdcache.train.stream import KDBatchSampler, collate
+from kdcache.train.stream import Item, KDBatchSampler, collate
 
 
 def live_distillation(
@@ -53,7 +53,8 @@ def live_distillation(
 
 def _step(teacher, student, optimizer, reader, micro_batches, alpha, temperature):
     batches = [
-        collate([(reader.tokens(i if i >= 0 else -1 - i), None, i >= 0) for i in indices]) for indices in micro_batches
+        collate([Item(reader.tokens(i if i >= 0 else -1 - i), counts=i >= 0) for i in indices])
+        for indices in micro_batches
     ]
     count = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
     total = 0.0

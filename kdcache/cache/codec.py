@@ -15,6 +15,7 @@ Refuses what its levels cannot hold (a logprob below about -200 nats).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ import numpy.typing as npt
 
 from kdcache.cache.frames import compress, read_array
 from kdcache.errors import CacheCorruptError, ConfigError, TeacherOutputError
-from kdcache.targets import FloatArray, SparseTargets, UIntArray, rescale_entries
+from kdcache.targets import CountArray, FloatArray, SparseTargets, UIntArray, rescale_entries
 
 CodecName = Literal["exact", "packed"]
 Frames = Mapping[str, bytes | memoryview]
@@ -60,6 +61,7 @@ class CompactTargets:
         label_logprobs: ``[N]`` float32.
         entropy: ``[N]`` float32.
         hidden: ``[N, D]`` float32, or uint16 holding bfloat16 bits, or None.
+        counts: ``[E, num_temperatures]`` uint16, draws of each entry, or None.
     """
 
     num_entries: UIntArray
@@ -72,6 +74,7 @@ class CompactTargets:
     label_logprobs: FloatArray
     entropy: FloatArray
     hidden: FloatArray | npt.NDArray[np.uint16] | None = None
+    counts: CountArray | None = None
 
     def expand(self, temperatures: tuple[float, ...]) -> SparseTargets:
         """Integers to logprobs, the plain numpy form of what ``kdcache.train`` does on the device."""
@@ -88,7 +91,7 @@ class CompactTargets:
         hidden = None if self.hidden is None else bfloat16_to_float(self.hidden)
         return SparseTargets(
             temperatures, self.num_entries, self.token_ids, logprobs, tails,
-            self.logz, self.label_logprobs, self.entropy, hidden,
+            self.logz, self.label_logprobs, self.entropy, hidden, self.counts,
         )  # fmt: skip
 
 
@@ -102,6 +105,7 @@ class Codec:
         temperatures: Declared temperatures.
         max_entries: Largest number of entries at a position.
         step: Step of the levels at logprob 0, in nats (packed).
+        num_draws: Draws a position and temperature of the schemes that draw, else 0.
         hidden_size: D of the ``hidden`` scheme, else 0.
         hidden_dtype: What hidden states are stored as.
     """
@@ -111,6 +115,7 @@ class Codec:
     temperatures: tuple[float, ...]
     max_entries: int
     step: float = 0.0645
+    num_draws: int = 0
     hidden_size: int = 0
     hidden_dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -125,6 +130,10 @@ class Codec:
             raise ValueError(f"targets declare temperatures {targets.temperatures}, the codec {self.temperatures}")
         self._check_storable(targets)
         arrays = _ENCODERS[self.name](self, targets)
+        if self.num_draws:
+            assert targets.counts is not None, "a scheme that draws stores how often"
+            order = _column_order(targets.num_entries) if self.name == "packed" else slice(None)
+            arrays["counts"] = np.ascontiguousarray(targets.counts[order].T.astype(self._count_dtype))
         if self.hidden_size:
             assert targets.hidden is not None, "the hidden scheme stores hidden states"
             arrays["hidden"] = float_to_bfloat16(targets.hidden) if self.hidden_dtype == "bfloat16" else targets.hidden
@@ -143,6 +152,10 @@ class Codec:
             or not (targets.tail_logprobs <= MAX_LOGPROB).all()
         ):
             raise TeacherOutputError("a logprob that is not finite and at most 0 cannot be stored")
+        if (targets.counts is not None) != (self.num_draws > 0):
+            raise ValueError(f"counts of a scheme with {self.num_draws} draws")
+        if targets.counts is not None and int(targets.counts.max(initial=0)) > self.num_draws:
+            raise ValueError(f"an entry drawn {targets.counts.max()} times in {self.num_draws} draws")
         if not (np.isfinite(targets.logz).all() and np.isfinite(targets.entropy).all()):
             raise TeacherOutputError("a log-normaliser or an entropy that is not finite cannot be stored")
 
@@ -159,6 +172,8 @@ class Codec:
         """
         try:
             compact = _DECODERS[self.name](self, frames, num_targets, where)
+            if self.num_draws:
+                compact = dataclasses.replace(compact, counts=self._decode_counts(frames, compact.num_entries, where))
         except KeyError as error:
             raise CacheCorruptError(f"{where}: column {error} is missing") from error
         if len(compact.token_ids) and int(compact.token_ids.max()) >= self.vocab_size:
@@ -168,7 +183,23 @@ class Codec:
     @property
     def column_names(self) -> tuple[str, ...]:
         """Names of the columns that :meth:`encode` gives."""
-        return _COLUMNS[self.name] + (("hidden",) if self.hidden_size else ())
+        counts = ("counts",) if self.num_draws else ()
+        return _COLUMNS[self.name] + counts + (("hidden",) if self.hidden_size else ())
+
+    @property
+    def _count_dtype(self) -> type[np.uint8] | type[np.uint16]:
+        return np.uint8 if self.num_draws < 256 else np.uint16
+
+    def _decode_counts(self, frames: Frames, num_entries: UIntArray, where: str) -> CountArray:
+        total, num_temperatures = int(num_entries.sum(dtype=np.int64)), len(self.temperatures)
+        stored = read_array(
+            frames["counts"], self._count_dtype, what=f"{where}, counts", count=total * num_temperatures
+        ).reshape(num_temperatures, total)
+        if int(stored.max(initial=0)) > self.num_draws:
+            raise CacheCorruptError(f"{where}: an entry drawn {stored.max()} times in {self.num_draws} draws")
+        counts = np.empty((total, num_temperatures), dtype=np.uint16)
+        counts[_column_order(num_entries) if self.name == "packed" else slice(None)] = stored.T
+        return counts
 
     def logprob_error_bound(self, logprobs: FloatArray) -> FloatArray:
         """Largest difference in nats between a stored and a true logprob, for each of ``logprobs``.

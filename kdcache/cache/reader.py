@@ -68,6 +68,7 @@ class CacheReader:
             )
         self._ends = np.cumsum([0, *self.manifest.shards.num_sequences], dtype=np.int64)
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
+        self._by_content: dict[int, int] | None = None
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -95,6 +96,17 @@ class CacheReader:
     def vocab_size(self) -> int:
         """V of the targets: the teacher's tokens without padded rows."""
         return self.spec.teacher.vocab_size
+
+    def content_hashes(self) -> list[int]:
+        """Of every sequence, in order. Looks into every shard."""
+        firsts = self._ends[:-1][np.diff(self._ends) > 0]
+        return [h for first in firsts for h in self._locate(int(first))[0].content_hashes().tolist()]
+
+    def index_of(self, content_hash: int) -> int | None:
+        """Where the sequence with this content is, or None. The first call looks into every shard."""
+        if self._by_content is None:
+            self._by_content = {h: index for index, h in enumerate(self.content_hashes())}
+        return self._by_content.get(content_hash)
 
     def tokens(self, index: int) -> TokenSequence:
         """Only the tokens of a sequence."""

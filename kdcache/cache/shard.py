@@ -11,6 +11,7 @@ import json
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
@@ -176,6 +177,11 @@ class ShardReader:
     def sequence_id(self, row: int) -> int:
         """The stored id, ``shard << 32 | row``."""
         return int(self._columns["sequence_id"][row].as_py())
+
+    def content_hashes(self) -> npt.NDArray[np.uint64]:
+        """``[rows]``, the stored content hash of each sequence."""
+        hashes: npt.NDArray[np.uint64] = self._columns["content_hash"].to_numpy()
+        return hashes
 
     def _frame(self, name: str, row: int) -> memoryview:
         return memoryview(self._columns[name][row].as_buffer())

@@ -29,6 +29,8 @@ COLUMNS = (
     ("KL(teacher‖·)", "forward_kl", "{:.4f}"),
     ("KL(·‖teacher)", "reverse_kl", "{:.4f}"),
     ("top-1 agreement", "top1_agreement", "{:.1%}"),
+    ("acceptance", "acceptance_rate", "{:.1%}"),
+    ("ECE", "calibration_error", "{:.1%}"),
     ("parameters", "num_parameters", "{:,}"),
     ("train tokens/s", "tokens_per_second", "{:,.0f}"),
 )
@@ -41,7 +43,9 @@ def table(report: dict[str, Any]) -> str:
         label = model["role"]
         if "alpha" in model:
             label += (
-                " (labels only)" if model["alpha"] == 0 else f" (alpha {model['alpha']:g}, T {model['temperature']:g})"
+                " (labels only)"
+                if model["alpha"] == 0
+                else f" (alpha {_short(model['alpha'])}, T {_short(model['temperature'])})"
             )
         rows.append([label, *(shape.format(model[key]) if key in model else "-" for _, key, shape in COLUMNS)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -62,3 +66,8 @@ def table(report: dict[str, Any]) -> str:
         )
         lines.append(f"phases: {shown}")
     return "\n".join(lines)
+
+
+def _short(value: float | str) -> str:
+    """A number, or a schedule as it was written."""
+    return value if isinstance(value, str) else f"{value:g}"

@@ -45,6 +45,11 @@ def _flag(name: str, field: FieldInfo) -> Callable[[CommandT], CommandT]:
         return click.option(f"--{label}/--no-{label}", _safe(key), default=None, help=text)
     if get_origin(kind) is Literal:
         return click.option(f"--{label}", _safe(key), type=click.Choice(get_args(kind)), default=None, help=text)
+    if kind is dict and float in get_args(field.annotation):
+        as_list = lambda ctx, param, value: list(value) or None  # noqa: E731 - click's signature
+        return click.option(
+            f"--{label}", _safe(key), multiple=True, metavar="CACHE[:WEIGHT]", callback=as_list, help=text
+        )
     if kind is dict:
         return click.option(f"--{label}", _safe(key), multiple=True, metavar="FIELD=VALUE", help=text)
     click_type = {int: click.INT, float: click.FLOAT}.get(kind, click.STRING)

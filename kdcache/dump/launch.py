@@ -108,6 +108,7 @@ def make_worker(
     """Load the teacher and everything else that a worker needs."""
     import torch
 
+    from kdcache.dump.average import open_averaged
     from kdcache.dump.engines.transformers import TransformersEngine
     from kdcache.dump.worker import Worker
 
@@ -129,10 +130,9 @@ def make_worker(
     engine = TransformersEngine(
         model,
         vocab_size=spec.teacher.vocab_size,
-        k=spec.targets.k,
-        temperatures=spec.targets.temperatures,
+        targets=spec.targets,
         chunk_positions=spec.compute.chunk_positions,
-        keep_hidden=spec.targets.scheme == "hidden",
+        averaged=open_averaged(options.average, spec.teacher.vocab_size, local_device(options, plan, rank)),
     )
     head_digest = None
     if spec.targets.scheme == "hidden":

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from kdcache.config import Options
+from kdcache.config import Options, WeightedPaths
+from kdcache.specs import DRAWN, Scheme, TargetSpec
 
 DEFAULT_SHARD_POSITIONS = 65_536
 MIN_SHARDS = 16
@@ -51,17 +52,33 @@ class DumpOptions(Options):
     ] = True
 
     targets: Annotated[
-        Literal["top_k", "hidden"],
+        Scheme,
         Field(
-            description="top_k keeps the most probable tokens; hidden keeps the last hidden state, which is lossless."
+            description="top_k and top_p keep the most probable tokens and the mass of the rest; sampled, systematic and hybrid "
+            "draw at random, unbiased; hidden keeps the last hidden state, which is lossless."
         ),
     ] = "top_k"
-    top_k: Annotated[int, Field(ge=1, description="Entries kept at a position.")] = 64
-    temperatures: Annotated[tuple[float, ...], Field(description="Temperatures at which students may train.")] = (
-        1.0,
-        2.0,
-        4.0,
-    )
+    top_k: Annotated[
+        int,
+        Field(ge=1, description="Entries kept at a position: all (top_k), at most (top_p), besides draws (hybrid)."),
+    ] = 64
+    top_p: Annotated[float, Field(gt=0, le=1, description="Mass at which top_p stops.")] = 0.95
+    num_draws: Annotated[
+        int, Field(ge=1, lt=1 << 16, description="Draws a position and temperature (sampled, systematic, hybrid).")
+    ] = 50
+    target_seed: Annotated[int, Field(ge=0, lt=1 << 63, description="Of the draws.")] = 0
+    temperatures: Annotated[
+        tuple[float, ...] | None,
+        Field(description="Temperatures at which students may train.  [default: 1,2,4; 1 where entries are drawn]"),
+    ] = None
+    average: Annotated[
+        WeightedPaths,
+        Field(
+            default_factory=dict,
+            description="Average the logits of another teacher in, from its hidden cache; the rest of the weight is this "
+            "teacher's. Can be given again.",
+        ),
+    ]
     codec: Annotated[
         Literal["packed", "exact"], Field(description="packed is small, with a declared error; exact is float32.")
     ] = "packed"
@@ -107,3 +124,24 @@ class DumpOptions(Options):
         if numbers[0] <= 0:
             raise ValueError("temperatures are above 0")
         return (1.0, *(number for number in numbers if number != 1.0))
+
+    @model_validator(mode="after")
+    def _averages(self) -> Self:
+        if self.average and self.targets == "hidden":
+            raise ValueError("hidden states of two teachers cannot be averaged; --average needs another --targets")
+        if any(weight <= 0 for weight in self.average.values()) or sum(self.average.values()) >= 1:
+            raise ValueError("weights of --average are above 0 and together below 1: the rest is this teacher's")
+        return self
+
+    def target_spec(self, vocab_size: int) -> TargetSpec:
+        """The target scheme over a vocabulary; options that the scheme does not use count for nothing."""
+        drawn = self.targets in DRAWN
+        temperatures = self.temperatures or ((1.0,) if drawn else (1.0, 2.0, 4.0))
+        return TargetSpec(
+            scheme=self.targets,
+            k=min(self.top_k, vocab_size) if self.targets in ("top_k", "top_p", "hybrid") else 0,
+            temperatures=temperatures,
+            top_p=self.top_p if self.targets == "top_p" else 1.0,
+            num_draws=self.num_draws if drawn else 0,
+            seed=self.target_seed if drawn else 0,
+        )

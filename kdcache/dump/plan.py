@@ -14,6 +14,7 @@ from kdcache.cache.manifest import CacheSpec, Manifest, Plan
 from kdcache.cache.store import LocalStore
 from kdcache.config import library_versions
 from kdcache.corpus import detect_columns, load_rows, mean_row_tokens, source_digest
+from kdcache.dump.average import describe_averaged
 from kdcache.dump.options import DEFAULT_SHARD_POSITIONS, MIN_SHARDS, DumpOptions
 from kdcache.errors import CacheMismatchError, ConfigError
 from kdcache.models import (
@@ -26,7 +27,7 @@ from kdcache.models import (
     parse_dtype,
     pick_device,
 )
-from kdcache.specs import CodecSpec, ComputeSpec, CorpusSpec, TargetSpec, TeacherSpec
+from kdcache.specs import CodecSpec, ComputeSpec, CorpusSpec, TeacherSpec
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -56,9 +57,11 @@ def finished_before(store: LocalStore, options: DumpOptions) -> Manifest | None:
         "corpus.packing": options.packing,
         "corpus.append_eos": options.append_eos,
         "corpus.assistant_only": options.assistant_only,
-        "targets.scheme": options.targets,
-        "targets.k": 0 if options.targets == "hidden" else min(options.top_k, spec.teacher.vocab_size),
-        "targets.temperatures": list(options.temperatures),
+        **{
+            f"targets.{name}": v
+            for name, v in options.target_spec(spec.teacher.vocab_size).model_dump(mode="json").items()
+        },
+        "teacher.averaged": [a.model_dump() for a in describe_averaged(options.average, spec.tokenizer)],
         "codec.name": "exact" if options.targets == "hidden" else options.codec,
         "compute.batch_tokens": options.batch_tokens,
     }
@@ -109,7 +112,10 @@ def make_plan(store: LocalStore, options: DumpOptions) -> tuple[Plan, Dataset]:
         assistant_only=options.assistant_only,
     )
     hidden = options.targets == "hidden"
-    if not hidden and options.top_k > vocab_size:
+    targets = options.target_spec(vocab_size)
+    if targets.scheme == "hybrid" and targets.k == vocab_size:
+        raise ConfigError(f"--top-k {options.top_k} keeps the whole vocabulary: nothing is left to draw from")
+    if targets.k and options.top_k > vocab_size:
         logger.info(
             "--top-k %d is more than the vocabulary: every one of its %d tokens is kept", options.top_k, vocab_size
         )
@@ -122,12 +128,11 @@ def make_plan(store: LocalStore, options: DumpOptions) -> tuple[Plan, Dataset]:
             vocab_size=vocab_size,
             hidden_size=text_config.hidden_size,
             num_parameters=num_parameters,
+            averaged=describe_averaged(options.average, tokenizer_spec),
         ),
         tokenizer=tokenizer_spec,
         corpus=corpus,
-        targets=TargetSpec(
-            scheme=options.targets, k=0 if hidden else min(options.top_k, vocab_size), temperatures=options.temperatures
-        ),
+        targets=targets,
         codec=CodecSpec(name="exact" if hidden else options.codec, step=0.0645),
         compute=ComputeSpec(
             device=device.split(":")[0],

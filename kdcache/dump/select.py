@@ -2,7 +2,8 @@
 
 Everything is computed from float32 logits while they are at hand, in one pass over a chunk of positions: the entries, the
 log-normalisers and tails of every temperature, the entropy, the label's logprob. The tail is a logsumexp over what is not
-kept (never ``1 - sum``), so that a tail of 1e-30 is as exact as one of 0.3.
+kept (never ``1 - sum``), so that a tail of 1e-30 is as exact as one of 0.3. Schemes that draw at random keep the same
+numbers for what they drew, and how often (``draw``).
 
 On a CPU the work is cut to a few rows that stay in the cache of a core, and the entries are found in two stages (the k
 blocks with the largest maxima contain the k largest entries); both keep the cost at a fraction of the teacher's own. The
@@ -11,9 +12,12 @@ plain form that this equals stands in ``tests/unit/test_select.py``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+from kdcache.dump.draw import count_draws, draw
+from kdcache.specs import DRAWN, TargetSpec
 
 BLOCK = 8
 CACHED_ROWS = 8
@@ -23,23 +27,96 @@ BELOW_ALL = -1.0e4
 
 @dataclass(frozen=True, slots=True)
 class Selected:
-    """Targets of N positions as tensors on the teacher's device; the fields of ``SparseTargets``, K entries a row.
+    """Targets of N positions as tensors on the teacher's device; the fields of ``SparseTargets``, at most K entries a row.
 
     Attributes:
+        num_entries: ``[N]`` int64; the slots of a row past its number repeat one of its ids.
         token_ids: ``[N, K]`` int64, ascending.
         logprobs: ``[N, K]`` float32.
         tail_logprobs: ``[N, num_temperatures]`` float32.
         logz: ``[N]`` float32.
         label_logprobs: ``[N]`` float32.
         entropy: ``[N]`` float32.
+        counts: ``[N, K, num_temperatures]`` int64, draws, or None.
     """
 
+    num_entries: torch.Tensor
     token_ids: torch.Tensor
     logprobs: torch.Tensor
     tail_logprobs: torch.Tensor
     logz: torch.Tensor
     label_logprobs: torch.Tensor
     entropy: torch.Tensor
+    counts: torch.Tensor | None = None
+
+
+def select(
+    logits: torch.Tensor, labels: torch.Tensor, spec: TargetSpec, uniforms: torch.Tensor | None = None
+) -> Selected:
+    """Keep of each position what a target scheme keeps.
+
+    Args:
+        logits: ``[N, V]``, padded vocabulary rows already left out.
+        labels: ``[N]`` int64, below V.
+        spec: The scheme.
+        uniforms: ``[N, num_temperatures, uniforms_per_draw]`` float64 in [0, 1), for the schemes that draw.
+    """
+    k = min(spec.k, logits.shape[1])
+    if spec.scheme == "top_p":
+        return keep_top_p(select_top_k(logits, labels, k=k, temperatures=spec.temperatures), spec)
+    if spec.scheme in DRAWN:
+        assert uniforms is not None, "a scheme that draws is given its random numbers"
+        return select_draws(logits, labels, spec, uniforms)
+    return select_top_k(logits, labels, k=k, temperatures=spec.temperatures)
+
+
+def keep_top_p(selected: Selected, spec: TargetSpec) -> Selected:
+    """Of k entries keep the fewest, most probable first, whose mass reaches ``top_p``; the others join the tails.
+
+    An entry stays if those before it have less than ``top_p`` together, as in nucleus sampling (1904.09751).
+    """
+    by_mass, order = selected.logprobs.sort(dim=1, descending=True, stable=True)
+    before = by_mass.exp().cumsum(1) - by_mass.exp()
+    stays = torch.zeros_like(before, dtype=torch.bool).scatter_(1, order, before < spec.top_p)
+    stays.scatter_(1, order[:, :1], True)
+    tails = []
+    for column, temperature in enumerate(spec.temperatures):
+        tail = selected.tail_logprobs[:, column]
+        log_head = torch.log(-torch.expm1(tail))
+        logprobs = torch.log_softmax(selected.logprobs / temperature, dim=1) + log_head[:, None]
+        dropped = torch.logsumexp(logprobs.masked_fill(stays, -torch.inf), dim=1)
+        tails.append(torch.logaddexp(tail, dropped))
+    # What stays moves to the front, its ids still ascending; free slots repeat the first.
+    num_entries = stays.sum(1)
+    front = (~stays).to(torch.uint8).sort(dim=1, stable=True).indices[:, : int(num_entries.max())]
+    slots = torch.arange(front.shape[1], device=front.device)
+    front = torch.where(slots < num_entries[:, None], front, front[:, :1])
+    return replace(
+        selected,
+        num_entries=num_entries,
+        token_ids=selected.token_ids.gather(1, front),
+        logprobs=selected.logprobs.gather(1, front),
+        tail_logprobs=torch.stack(tails, dim=1),
+    )
+
+
+def select_draws(logits: torch.Tensor, labels: torch.Tensor, spec: TargetSpec, uniforms: torch.Tensor) -> Selected:
+    """Entries drawn at every temperature from the teacher's distribution there, after ``k`` exact ones (hybrid)."""
+    k = min(spec.k, logits.shape[1])
+    exact_ids = _top_k(logits, k)[1]
+    drawn = torch.stack(
+        [
+            draw(logits, uniforms[:, column], spec, temperature, exact_ids)
+            for column, temperature in enumerate(spec.temperatures)
+        ],
+        dim=1,
+    )
+    num_entries, ids_NK, counts = count_draws(exact_ids, drawn)
+    # Entries need not be the largest logits here: measure from the largest of all, so that no exponential overflows.
+    base = logits.amax(1, keepdim=True).float()
+    used_NK = torch.arange(ids_NK.shape[1], device=ids_NK.device) < num_entries[:, None]
+    measured = _measure(logits, labels, ids_NK, used_NK, base, spec.temperatures)
+    return replace(measured, num_entries=num_entries, counts=counts)
 
 
 def select_top_k(logits: torch.Tensor, labels: torch.Tensor, *, k: int, temperatures: tuple[float, ...]) -> Selected:
@@ -54,16 +131,29 @@ def select_top_k(logits: torch.Tensor, labels: torch.Tensor, *, k: int, temperat
         k: Entries a position; 0 keeps none (the ``hidden`` scheme), V keeps all.
         temperatures: The first is 1.
     """
-    vocab_size = logits.shape[1]
     kept_NK, ids_NK = _top_k(logits, k)
-    ids_NK, order = ids_NK.sort(dim=1)
-    kept_NK = kept_NK.float().gather(1, order)
+    ids_NK = ids_NK.sort(dim=1).values
     # Everything is measured from the smallest kept logit (the largest of all where none is kept): the tail lies below it,
     # so its exponentials neither overflow nor vanish.
-    base = kept_NK.amin(1, keepdim=True) if k else logits.amax(1, keepdim=True).float()
-    kept_NK = kept_NK - base
+    base = (kept_NK.amin(1, keepdim=True) if k else logits.amax(1, keepdim=True)).float()
+    return _measure(logits, labels, ids_NK, None, base, temperatures)
+
+
+def _measure(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    ids_NK: torch.Tensor,
+    used_NK: torch.Tensor | None,
+    base: torch.Tensor,
+    temperatures: tuple[float, ...],
+) -> Selected:
+    """Logprobs of chosen entries, tails, log-normaliser, entropy and the label's logprob; exponentials from ``base``."""
+    k = ids_NK.shape[1]
+    kept_NK = logits.gather(1, ids_NK).float() - base
+    if used_NK is not None:
+        kept_NK = kept_NK.masked_fill(~used_NK, -torch.inf)
     tail_z, weighted = _tail_sums(logits, base, ids_NK, temperatures)
-    if k == vocab_size:
+    if k == logits.shape[1]:
         tail_z = torch.full_like(tail_z, -torch.inf)
     all_z = tail_z
     if k:
@@ -73,8 +163,10 @@ def select_top_k(logits: torch.Tensor, labels: torch.Tensor, *, k: int, temperat
     logprobs_NK = kept_NK - logz[:, None]
     label_z = (logits.gather(1, labels[:, None]).float() - base)[:, 0]
     # entropy = logz - E[z], both from the base
-    mean_z = (logprobs_NK.exp() * kept_NK).sum(1) + weighted * torch.exp(-logz)
+    kept_mean = (logprobs_NK.exp() * kept_NK.masked_fill(kept_NK == -torch.inf, 0.0)).sum(1)
+    mean_z = kept_mean + weighted * torch.exp(-logz)
     return Selected(
+        num_entries=torch.full_like(labels, k),
         token_ids=ids_NK,
         logprobs=logprobs_NK,
         tail_logprobs=tail_z - all_z,

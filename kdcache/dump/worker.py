@@ -36,8 +36,8 @@ class Engine(Protocol):
 
     num_splits: int
 
-    def run(self, batch: list[TokenSequence]) -> list[SparseTargets]:
-        """Targets of each sequence, in order."""
+    def run(self, batch: list[TokenSequence], sequence_ids: Sequence[int]) -> list[SparseTargets]:
+        """Targets of each sequence, in order. What is drawn at random depends on the ids and nothing else."""
 
 
 @dataclass(slots=True)
@@ -127,7 +127,7 @@ class Worker:
             lease.renew()
             batch = [sequences[i] for i in indices]
             try:
-                targets = self.engine.run(batch)
+                targets = self.engine.run(batch, [sequence_id(shard, i) for i in indices])
             except TeacherOutputError as error:
                 raise self._name_culprit(shard, indices, batch, error) from error
             self._submit(partial(encode, indices, targets))
@@ -155,7 +155,7 @@ class Worker:
         """Find the sequence whose logits are not finite, by running each alone."""
         for index, sequence in zip(indices, batch, strict=True):
             try:
-                self.engine.run([sequence])
+                self.engine.run([sequence], [sequence_id(shard, index)])
             except TeacherOutputError as alone:
                 return TeacherOutputError(
                     f"shard {shard:05d}, sequence {index} (id {sequence_id(shard, index)}, rows "

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHUNK_ELEMENTS = 1 << 24
+NUM_BINS = 15
 
 
 @dataclass(slots=True)
@@ -39,6 +40,9 @@ class Metrics:
         reverse_kl: KL(model ‖ teacher), exact.
         top1_agreement: Share of positions where both have the same first choice.
         accuracy: Share of positions where the first choice is the data token.
+        acceptance_rate: ``sum(min(t, p))``: how often speculative decoding with this model as draft keeps its token (2211.17192).
+        calibration_error: ECE, 15 equal bins of the confidence in the first choice (1706.04599).
+        overconfidence: Mean confidence in the first choice minus accuracy.
         seconds: Of the measurement.
     """
 
@@ -50,6 +54,9 @@ class Metrics:
     reverse_kl: float = 0.0
     top1_agreement: float = 0.0
     accuracy: float = 0.0
+    acceptance_rate: float = 0.0
+    calibration_error: float = 0.0
+    overconfidence: float = 0.0
     seconds: float = 0.0
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -68,6 +75,9 @@ class Metrics:
             "reverse_kl",
             "top1_agreement",
             "accuracy",
+            "acceptance_rate",
+            "calibration_error",
+            "overconfidence",
         )
         return {"model": self.name, "perplexity": self.perplexity, **{n: getattr(self, n) for n in names}, **self.extra}
 
@@ -81,9 +91,7 @@ class TeacherStates:
 
     def __init__(self, reader: CacheReader, device: str) -> None:
         self.reader = reader
-        head = OutputHead.from_bytes(reader.head_bytes())
-        bias = None if head.bias is None else head.bias.to(device)
-        self.head = OutputHead(head.weight.to(device), bias, head.scale, head.softcap)
+        self.head = OutputHead.from_bytes(reader.head_bytes()).to(device)
         self.device = device
 
     def read(self, index: int) -> tuple[TokenSequence, torch.Tensor, torch.Tensor]:
@@ -157,7 +165,7 @@ def _evaluate(
 ) -> Metrics:
     """Sums over all positions. ``forward`` gives hidden states for ``head``, logits where that is None, None for the teacher."""
     started = time.monotonic()
-    sums = torch.zeros(5, dtype=torch.float64)
+    sums, bins = torch.zeros(6, dtype=torch.float64), torch.zeros(NUM_BINS, 3, dtype=torch.float64)
     chunk = max(16, CHUNK_ELEMENTS // states.reader.vocab_size)
     for index in range(len(states.reader)):
         sequence, hidden_teacher, labels = states.read(index)
@@ -168,28 +176,44 @@ def _evaluate(
             model = teacher
             if own is not None:
                 model = torch.log_softmax(own[rows] if head is None else head.logits(own[rows]), dim=1)
-            sums += position_sums(teacher, model, labels[rows])
+            more_sums, more_bins = position_sums(teacher, model, labels[rows])
+            sums, bins = sums + more_sums, bins + more_bins
         metrics.num_targets += len(labels)
         on_sequence(index + 1)
-    means = (sums / max(metrics.num_targets, 1)).tolist()
-    metrics.cross_entropy, metrics.forward_kl, metrics.reverse_kl, metrics.top1_agreement, metrics.accuracy = means
+    names = ("cross_entropy", "forward_kl", "reverse_kl", "top1_agreement", "accuracy", "acceptance_rate")
+    for name, value in zip(names, (sums / max(metrics.num_targets, 1)).tolist(), strict=True):
+        setattr(metrics, name, value)
+    gaps = bins[:, 1] - bins[:, 2]
+    metrics.calibration_error = float(gaps.abs().sum() / max(metrics.num_targets, 1))
+    metrics.overconfidence = float(gaps.sum() / max(metrics.num_targets, 1))
     metrics.seconds = time.monotonic() - started
     return metrics
 
 
-def position_sums(teacher: torch.Tensor, model: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """``[5]``: sums of cross-entropy, forward KL, reverse KL, agreement and accuracy over ``[N, V]`` logprobs."""
-    first_choice = model.argmax(1)
-    return (
-        torch.stack(
-            [
-                -model.gather(1, labels[:, None]).sum(),
-                (teacher.exp() * (teacher - model)).sum(),
-                (model.exp() * (model - teacher)).sum(),
-                (first_choice == teacher.argmax(1)).sum(),
-                (first_choice == labels).sum(),
-            ]
-        )
-        .double()
-        .cpu()
+def position_sums(
+    teacher: torch.Tensor, model: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums over ``[N, V]`` logprobs.
+
+    Returns:
+        ``[6]``: cross-entropy, forward KL, reverse KL, agreement, accuracy, acceptance; and ``[NUM_BINS, 3]``: by bin of the
+        model's confidence in its first choice, positions, confidence and hits.
+    """
+    top, first_choice = model.max(1)
+    teacher_p, model_p = teacher.exp(), model.exp()
+    hit = first_choice == labels
+    sums = torch.stack(
+        [
+            -model.gather(1, labels[:, None]).sum(),
+            (teacher_p * (teacher - model)).sum(),
+            (model_p * (model - teacher)).sum(),
+            (first_choice == teacher.argmax(1)).sum(),
+            hit.sum(),
+            torch.minimum(teacher_p, model_p).sum(),
+        ]
     )
+    confidence = top.exp()
+    rows = torch.stack([torch.ones_like(confidence), confidence, hit.to(confidence)], dim=1)
+    which = (confidence * NUM_BINS).long().clamp(0, NUM_BINS - 1)
+    bins = confidence.new_zeros(NUM_BINS, 3).index_add_(0, which, rows)
+    return sums.double().cpu(), bins.double().cpu()

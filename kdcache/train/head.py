@@ -12,87 +12,34 @@ distribution. For a divergence with derivatives ``g_k`` and ``g_tail`` with resp
     d/du_k = g_k - G p_k         (kept)
     d/du_j = (g_tail - G p_tail) q_j    (tail)
 
-Nothing is divided by the tail mass, so a student that has driven it to 1e-30 has finite gradients. The cross-entropy joins
-the same pass. Objective: ``(1 - alpha) * CE + alpha * T^2 * D_T``.
+Nothing is divided by the tail mass, so a student that has driven it to 1e-30 has finite gradients. ``g`` itself comes from
+autograd on ``[C, K + 1]``, so one kernel serves every divergence, over buckets and from draws (there ``g_tail`` is 0). The
+cross-entropy joins the same pass. Objective: ``(1 - alpha) * CE + alpha * T^2 * D_T``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from kdcache.heads import OutputHead
-from kdcache.train.losses import Divergence, forward_kl
+from kdcache.train.losses import Divergence, forward_kl, tv
+from kdcache.train.objective import (
+    CALIBRATION_BINS,
+    NUM_SUMS,
+    PARTS,
+    BucketTargets,
+    FullTargets,
+    LossSums,
+    MixedTargets,
+    Objective,
+    Targets,
+)
 
 # Elements of a chunk of logits: 64 MB of float32.
 CHUNK_ELEMENTS = 1 << 24
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class BucketTargets:
-    """The teacher's distribution at one temperature over kept entries and tail, on the training device.
-
-    Attributes:
-        token_ids: ``[N, K]`` int64. Unused slots repeat the position's first id.
-        logprobs: ``[N, K]`` float32, ``-inf`` in unused slots.
-        tail_logprobs: ``[N]`` float32.
-    """
-
-    token_ids: torch.Tensor
-    logprobs: torch.Tensor
-    tail_logprobs: torch.Tensor
-
-    def __getitem__(self, rows: slice) -> BucketTargets:
-        return BucketTargets(self.token_ids[rows], self.logprobs[rows], self.tail_logprobs[rows])
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class FullTargets:
-    """The teacher's whole distribution, as hidden states and the head that turns them into logits.
-
-    Attributes:
-        hidden: ``[N, D_teacher]``.
-        head: The teacher's, without padded rows.
-        temperature: T.
-    """
-
-    hidden: torch.Tensor
-    head: OutputHead
-    temperature: float
-
-    def __getitem__(self, rows: slice) -> FullTargets:
-        return FullTargets(self.hidden[rows], self.head, self.temperature)
-
-
-Targets = BucketTargets | FullTargets
-
-
-@dataclass(frozen=True, slots=True)
-class Objective:
-    """What a student is trained for: ``(1 - alpha) * CE + alpha * temperature^2 * divergence``."""
-
-    alpha: float = 0.7
-    temperature: float = 1.0
-    divergence: Divergence = forward_kl
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LossSums:
-    """Sums over positions; divide by the number of targets of the effective batch, once.
-
-    Attributes:
-        loss: As optimised, carries the gradient.
-        cross_entropy: Of the labels, nats.
-        divergence: At temperature T, nats, without the factor ``T^2``; 0 when alpha is 0.
-        num_agree: Positions where the student's first choice is the teacher's.
-    """
-
-    loss: torch.Tensor
-    cross_entropy: torch.Tensor
-    divergence: torch.Tensor
-    num_agree: torch.Tensor
+FORWARD_KL, TV = forward_kl(), tv()
 
 
 def kd_loss(
@@ -117,10 +64,9 @@ def kd_loss(
     if targets is None and objective.alpha != 0:
         raise ValueError("alpha above 0 needs targets")
     chunk = chunk_positions or max(16, CHUNK_ELEMENTS // head.weight.shape[0])
-    loss, parts = _apply(
+    return _apply(
         _ChunkedLoss, hidden, head.weight, head.bias, head, labels, targets, objective, chunk, torch.is_grad_enabled()
     )
-    return LossSums(loss, *parts.unbind())
 
 
 def kd_loss_from_logits(
@@ -129,14 +75,13 @@ def kd_loss_from_logits(
     """The same loss from logits ``[N, V]`` that exist already: for heads that :class:`OutputHead` does not describe."""
     if targets is None and objective.alpha != 0:
         raise ValueError("alpha above 0 needs targets")
-    loss, parts = _apply(_LogitsLoss, logits, labels, targets, objective)
-    return LossSums(loss, *parts.unbind())
+    return _apply(_LogitsLoss, logits, labels, targets, objective)
 
 
-def _apply(function: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _apply(function: Any, *arguments: Any) -> LossSums:
     """``Function.apply``, which torch leaves untyped."""
-    loss, parts = function.apply(*arguments)
-    return loss, parts
+    loss, measured = function.apply(*arguments)
+    return LossSums.from_flat(loss, measured)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -184,7 +129,7 @@ def _run_chunks(
     grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
     grad_weight = torch.zeros_like(head.weight, dtype=wide) if needs_weight else None
     grad_bias = torch.zeros_like(head.bias, dtype=wide) if needs_bias and head.bias is not None else None
-    totals = torch.zeros(4, dtype=wide, device=hidden_ND.device)
+    totals = torch.zeros(NUM_SUMS, dtype=wide, device=hidden_ND.device)
     for start in range(0, len(hidden_ND), chunk):
         rows = slice(start, start + chunk)
         hidden_CD = hidden_ND[rows].detach().to(dtype)
@@ -249,40 +194,66 @@ def chunk_loss(
     """Loss of one chunk and its gradient with respect to the logits, whose buffer is consumed.
 
     Returns:
-        ``[4]``: sums of loss, cross-entropy, divergence, agreement; and ``[C, V]`` or None.
+        ``[NUM_SUMS]``: loss, ``PARTS``, calibration; and ``[C, V]`` or None.
     """
     label_logits = logits_CV.gather(1, labels[:, None])[:, 0]
-    first_choice = logits_CV.argmax(1)
-    if targets is None or objective.alpha == 0:
-        logz = torch.logsumexp(logits_CV, dim=1)
-        cross_entropy = (logz - label_logits).sum()
-        grad = None
-        if with_grad:
-            grad = logits_CV.sub_(logz[:, None]).exp_()
-            _add_at(grad, labels, -1.0)
-        zero = torch.zeros_like(cross_entropy)
-        return torch.stack([cross_entropy, cross_entropy, zero, zero]), grad
-    if isinstance(targets, FullTargets):
-        return _full_loss(logits_CV, labels, label_logits, first_choice, targets, objective, with_grad)
-    return _bucket_loss(logits_CV, labels, label_logits, first_choice, targets, objective, with_grad)
+    top_logit, first_choice = logits_CV.max(1)
+    alpha = 0.0 if targets is None else objective.alpha
+    ce_share, kd_share = objective.weight * (1 - alpha), objective.weight * alpha
+    mixed = targets.parts if isinstance(targets, MixedTargets) else ((1.0, targets),)
+    parts = top_logit.new_zeros(len(PARTS) - 1)
+    logz, grad = None, None
+    for number, (weight, part) in enumerate(mixed):
+        last = number == len(mixed) - 1
+        buffer = logits_CV if last else logits_CV.clone()
+        # The cross-entropy joins the last teacher's pass.
+        ce_weight, kd_weight = ce_share * last, kd_share * weight
+        if part is None or alpha == 0:
+            logz, more, part_grad = _labels_only(buffer, labels, ce_weight, with_grad)
+        elif isinstance(part, FullTargets):
+            logz, more, part_grad = _full_loss(
+                buffer, labels, first_choice, part, objective, ce_weight, kd_weight, with_grad
+            )
+        else:
+            logz, more, part_grad = _bucket_loss(
+                buffer, labels, first_choice, part, objective, ce_weight, kd_weight, with_grad
+            )
+        parts += weight * more
+        grad = part_grad if grad is None or part_grad is None else grad.add_(part_grad)
+    assert logz is not None
+    cross_entropy = (logz - label_logits).sum()
+    loss = objective.weight * ((1 - alpha) * cross_entropy + alpha * objective.temperature**2 * parts[0])
+    calibration = _calibration((top_logit - logz).exp(), first_choice == labels)
+    return torch.cat([loss[None], cross_entropy[None], parts, calibration]), grad
+
+
+def _labels_only(
+    logits_CV: torch.Tensor, labels: torch.Tensor, ce_weight: float, with_grad: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    logz = torch.logsumexp(logits_CV, dim=1)
+    grad = None
+    if with_grad:
+        grad = logits_CV.sub_(logz[:, None]).exp_().mul_(ce_weight)
+        _add_at(grad, labels, -ce_weight)
+    return logz, logz.new_zeros(len(PARTS) - 1), grad
 
 
 def _bucket_loss(
     logits_CV: torch.Tensor,
     labels: torch.Tensor,
-    label_logits: torch.Tensor,
     first_choice: torch.Tensor,
     targets: BucketTargets,
     objective: Objective,
+    ce_weight: float,
+    kd_weight: float,
     with_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    alpha, temperature, ids = objective.alpha, objective.temperature, targets.token_ids
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    temperature, ids = objective.temperature, targets.token_ids
     unused = targets.logprobs == -torch.inf
     kept_CK = logits_CV.gather(1, ids)
     tail_CV = logits_CV.scatter_(1, ids, -torch.inf)
     kept_lse_1, tail_lse_1 = _logsumexp(kept_CK.masked_fill(unused, -torch.inf)), _logsumexp(tail_CV)
     logz = torch.logaddexp(kept_lse_1, tail_lse_1)
-    cross_entropy = logz - label_logits
     u_CK = kept_CK / temperature
     if temperature == 1.0:
         tail_lse, logz_T = tail_lse_1, logz
@@ -290,64 +261,76 @@ def _bucket_loss(
         tail_lse = _logsumexp(tail_CV / temperature)
         logz_T = torch.logaddexp(_logsumexp(u_CK.masked_fill(unused, -torch.inf)), tail_lse)
     student_CK, student_tail = u_CK - logz_T[:, None], tail_lse - logz_T
-    divergence, g_CK, g_tail = _differentiate(objective, targets, student_CK, student_tail, with_grad)
+    divergence, g_CK, g_tail = _differentiate(objective.divergence, targets, student_CK, student_tail, with_grad)
     teacher_choice = ids.gather(1, targets.logprobs.argmax(1, keepdim=True))[:, 0]
-    sums = _sums(objective, cross_entropy, divergence, first_choice == teacher_choice)
+    parts = _parts(objective, targets, student_CK, student_tail, divergence, first_choice == teacher_choice)
     if not with_grad:
-        return sums, None
+        return logz, parts, None
     assert g_CK is not None
     assert g_tail is not None
-    scale = alpha * temperature
+    scale = kd_weight * temperature
     total = g_CK.sum(1) + g_tail
     at_kept = scale * (g_CK - total[:, None] * student_CK.exp())
     at_tail = scale * (g_tail - total * student_tail.exp())
     if temperature == 1.0:
-        at_kept += (1 - alpha) * (kept_CK - logz[:, None]).exp()
-        at_tail += (1 - alpha) * (tail_lse_1 - logz).exp()
+        at_kept += ce_weight * (kept_CK - logz[:, None]).exp()
+        at_tail += ce_weight * (tail_lse_1 - logz).exp()
         grad = _conditional(tail_CV, tail_lse_1).mul_(at_tail[:, None])
     else:
         grad = _conditional(tail_CV / temperature, tail_lse).mul_(at_tail[:, None])
-        if alpha != 1:
-            at_kept += (1 - alpha) * (kept_CK - logz[:, None]).exp()
-            grad.add_(_conditional(tail_CV, tail_lse_1).mul_(((1 - alpha) * (tail_lse_1 - logz).exp())[:, None]))
+        if ce_weight:
+            at_kept += ce_weight * (kept_CK - logz[:, None]).exp()
+            grad.add_(_conditional(tail_CV, tail_lse_1).mul_((ce_weight * (tail_lse_1 - logz).exp())[:, None]))
     # Unused slots repeat the first id: give them its value, so that whichever is written last is right.
     grad.scatter_(1, ids, torch.where(unused, at_kept[:, :1], at_kept))
-    _add_at(grad, labels, alpha - 1)
-    return sums, grad
+    _add_at(grad, labels, -ce_weight)
+    return logz, parts, grad
 
 
 def _full_loss(
     logits_CV: torch.Tensor,
     labels: torch.Tensor,
-    label_logits: torch.Tensor,
     first_choice: torch.Tensor,
     targets: FullTargets,
     objective: Objective,
+    ce_weight: float,
+    kd_weight: float,
     with_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    alpha, temperature = objective.alpha, objective.temperature
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    temperature = objective.temperature
     teacher_logits = targets.head.logits(targets.hidden).to(logits_CV)
     logz = torch.logsumexp(logits_CV, dim=1)
     student_CV = torch.log_softmax(logits_CV / temperature, dim=1)
-    buckets = BucketTargets(
+    no_tail = torch.full_like(logz, -torch.inf)
+    whole = BucketTargets(
         token_ids=labels[:, None],  # not looked at
         logprobs=torch.log_softmax(teacher_logits / temperature, dim=1),
-        tail_logprobs=torch.full_like(logz, -torch.inf),
+        tail_logprobs=no_tail,
     )
-    no_tail = torch.full_like(logz, -torch.inf)
-    divergence, g_CV, _ = _differentiate(objective, buckets, student_CV, no_tail, with_grad)
-    sums = _sums(objective, logz - label_logits, divergence, first_choice == teacher_logits.argmax(1))
+    divergence, g_CV, _ = _differentiate(objective.divergence, whole, student_CV, no_tail, with_grad)
+    agree = first_choice == teacher_logits.argmax(1)
+    parts = _parts(objective, whole, student_CV, no_tail, divergence, agree)
     if not with_grad:
-        return sums, None
+        return logz, parts, None
     assert g_CV is not None
-    grad = (g_CV - g_CV.sum(1, keepdim=True) * student_CV.exp()).mul_(alpha * temperature)
-    grad.add_(logits_CV.sub_(logz[:, None]).exp_(), alpha=1 - alpha)
-    _add_at(grad, labels, alpha - 1)
-    return sums, grad
+    grad = (g_CV - g_CV.sum(1, keepdim=True) * student_CV.exp()).mul_(kd_weight * temperature)
+    if ce_weight:
+        grad.add_(logits_CV.sub_(logz[:, None]).exp_(), alpha=ce_weight)
+        _add_at(grad, labels, -ce_weight)
+    return logz, parts, grad
+
+
+def _divergence(
+    divergence: Divergence, targets: BucketTargets, log_p: torch.Tensor, log_p_tail: torch.Tensor
+) -> torch.Tensor:
+    if targets.ratios is None:
+        return divergence.on_buckets(targets.logprobs, targets.tail_logprobs, log_p, log_p_tail)
+    assert divergence.on_draws is not None, "check_estimator refuses such a loss"
+    return divergence.on_draws(targets.ratios, targets.logprobs, log_p)
 
 
 def _differentiate(
-    objective: Objective,
+    divergence: Divergence,
     targets: BucketTargets,
     student_CK: torch.Tensor,
     student_tail: torch.Tensor,
@@ -355,20 +338,45 @@ def _differentiate(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The divergence a position, and its derivatives with respect to the student's logprobs, by autograd on ``[C, K + 1]``."""
     if not with_grad:
-        return objective.divergence(targets.logprobs, targets.tail_logprobs, student_CK, student_tail), None, None
+        return _divergence(divergence, targets, student_CK, student_tail), None, None
     with torch.enable_grad():
         log_p, log_p_tail = student_CK.detach().requires_grad_(), student_tail.detach().requires_grad_()
-        divergence = objective.divergence(targets.logprobs, targets.tail_logprobs, log_p, log_p_tail)
-        g_CK, g_tail = torch.autograd.grad(divergence.sum(), [log_p, log_p_tail])
-    return divergence.detach(), g_CK, g_tail
+        value = _divergence(divergence, targets, log_p, log_p_tail)
+        grads = torch.autograd.grad(value.sum(), [log_p, log_p_tail], allow_unused=True)
+    g_CK, g_tail = (torch.zeros_like(x) if g is None else g for x, g in zip((log_p, log_p_tail), grads, strict=True))
+    return value.detach(), g_CK, g_tail
 
 
-def _sums(
-    objective: Objective, cross_entropy: torch.Tensor, divergence: torch.Tensor, agree: torch.Tensor
+def _parts(
+    objective: Objective,
+    targets: BucketTargets,
+    student_CK: torch.Tensor,
+    student_tail: torch.Tensor,
+    divergence: torch.Tensor,
+    agree: torch.Tensor,
 ) -> torch.Tensor:
-    alpha, temperature = objective.alpha, objective.temperature
-    loss = (1 - alpha) * cross_entropy + alpha * temperature**2 * divergence
-    return torch.stack([loss.sum(), cross_entropy.sum(), divergence.sum(), agree.sum().to(loss)])
+    """Sums of ``PARTS`` after the cross-entropy."""
+    kl = divergence
+    if objective.divergence.name != "forward_kl":
+        kl = _divergence(FORWARD_KL, targets, student_CK, student_tail)
+    acceptance = 1 - _divergence(TV, targets, student_CK, student_tail)
+    return torch.stack(
+        [
+            divergence.sum(),
+            kl.sum(),
+            agree.sum().to(kl),
+            student_tail.exp().sum(),
+            targets.tail_logprobs.exp().sum(),
+            acceptance.sum(),
+        ]
+    )
+
+
+def _calibration(confidence: torch.Tensor, hit: torch.Tensor) -> torch.Tensor:
+    """``[3 * CALIBRATION_BINS]``: by bin, positions, confidence, hits."""
+    bins = (confidence * CALIBRATION_BINS).long().clamp(0, CALIBRATION_BINS - 1)
+    rows = torch.stack([torch.ones_like(confidence), confidence, hit.to(confidence)], dim=1)
+    return confidence.new_zeros(CALIBRATION_BINS, 3).index_add_(0, bins, rows).view(-1)
 
 
 def _logsumexp(values: torch.Tensor) -> torch.Tensor:

@@ -4,9 +4,32 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from kdcache.config import Options
+from kdcache.config import Options, WeightedPaths
+from kdcache.train.schedule import parse_schedule
+
+# The keys of kdcache.train.losses.LOSSES, which imports torch.
+LOSS_NAMES = (
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skew_kl",
+    "skew_reverse_kl",
+    "tv",
+    "akl",
+    "taid",
+    "logit_mse",
+    "ce",
+)
+
+
+def _number_or_schedule(value: Any) -> Any:
+    schedule = parse_schedule(value)
+    return schedule.values[0] if schedule.kind == "constant" else str(schedule)
+
+
+Scheduled = Annotated[str | float, BeforeValidator(_number_or_schedule)]
 
 
 class TrainOptions(Options):
@@ -16,18 +39,45 @@ class TrainOptions(Options):
     names. ``training`` takes any other of them.
     """
 
-    cache: Annotated[str, Field(description="Cache to train from.")]
+    cache: Annotated[
+        WeightedPaths,
+        Field(
+            min_length=1,
+            description="Cache to train from; give it again for several teachers over the same text, each with a weight.",
+        ),
+    ]
     student: Annotated[str, Field(description="Student: hub name, model folder or .gguf file.")]
     output: Annotated[str, Field(description="Folder of the trained student.")]
     eval_cache: Annotated[
-        str | None, Field(description="Cache of held-out text, evaluated at the end and every --eval-steps.")
-    ] = None
+        WeightedPaths,
+        Field(
+            default_factory=dict,
+            description="Cache of held-out text, evaluated at the end and every --eval-steps; several as for --cache.",
+        ),
+    ]
     alpha: Annotated[
-        float,
-        Field(ge=0, le=1, description="Weight of the teacher: (1 - alpha) CE + alpha T^2 D. 0 trains on labels alone."),
+        Scheduled,
+        Field(
+            description="Weight of the teacher: (1 - alpha) CE + alpha T^2 D. 0 trains on labels alone. Also a schedule: "
+            "linear:A:B, cosine:A:B, wsd:A:B:C."
+        ),
     ] = 0.7
-    temperature: Annotated[float, Field(gt=0, description="T, one that the cache declares.")] = 1.0
-    loss: Annotated[Literal["forward_kl"], Field(description="Divergence between teacher and student.")] = "forward_kl"
+    temperature: Annotated[
+        Scheduled,
+        Field(description="T, one that the cache declares; a schedule moves through those that it declares."),
+    ] = 1.0
+    loss: Annotated[
+        str,
+        Field(description="Divergence between teacher and student: " + ", ".join([*LOSS_NAMES, "contrastive"]) + "."),
+    ] = "forward_kl"
+    loss_args: Annotated[
+        dict[str, Scheduled],
+        Field(default_factory=dict, description="Argument of the loss, as beta=0.3 (jsd); can be given again."),
+    ]
+    student_cache: Annotated[
+        str | None,
+        Field(description="Cache of text that the student wrote, for --loss contrastive; --cache has the teacher's."),
+    ] = None
     attention: Annotated[
         str, Field(description="attn_implementation of transformers; auto is what it takes for the model.")
     ] = "auto"

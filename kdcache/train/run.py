@@ -66,15 +66,23 @@ def train(options: TrainOptions) -> TrainResult:
     _check_same_run(output, options)
     if options.resume and (output / RESULTS).is_file():
         return TrainResult(json.loads((output / RESULTS).read_text()), already_done=True)
-    reader = open_cache(options.cache, allow_incomplete=options.allow_incomplete)
-    eval_reader = open_cache(options.eval_cache) if options.eval_cache else None
-    _check_caches(reader, eval_reader, options)
+    caches = [(open_cache(path, allow_incomplete=options.allow_incomplete), w) for path, w in options.cache.items()]
+    eval_caches = [(open_cache(path), weight) for path, weight in options.eval_cache.items()]
+    student_cache = open_cache(options.student_cache) if options.student_cache else None
+    reader = caches[0][0]
 
     import torch
     from transformers import PrinterCallback, set_seed
 
+    from kdcache.train.recipe import Recipe
     from kdcache.train.trainer import KDTrainer, MetricsFile, ProgressLine
 
+    recipe = Recipe.of(options.alpha, options.temperature, options.loss, options.loss_args)
+    recipe.check(caches, eval_caches, student_cache)
+    for one in [cache for cache, _ in caches] + ([student_cache] if student_cache else []):
+        _check_targets(one)
+    check_same_sequences([cache for cache, _ in caches])
+    check_same_sequences([cache for cache, _ in eval_caches])
     keep_freed_memory()
     source = find_model(options.student)
     tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
@@ -90,11 +98,13 @@ def train(options: TrainOptions) -> TrainResult:
     trainer = KDTrainer(
         model,
         arguments,
-        reader,
-        eval_cache=eval_reader,
+        caches,
+        eval_cache=eval_caches or None,
         alpha=options.alpha,
         temperature=options.temperature,
         loss=options.loss,
+        loss_args=options.loss_args,
+        student_cache=student_cache,
         chunk_positions=options.chunk_positions,
         processing_class=tokenizer,
         callbacks=[MetricsFile(output / "metrics.jsonl")],
@@ -109,7 +119,7 @@ def train(options: TrainOptions) -> TrainResult:
     started = time.monotonic()
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.monotonic() - started
-    evaluation = trainer.evaluate() if eval_reader is not None else {}
+    evaluation = trainer.evaluate() if eval_caches else {}
     with quiet_progress():
         trainer.save_model(str(output))
     results = {
@@ -123,7 +133,13 @@ def train(options: TrainOptions) -> TrainResult:
         "tokens_per_second": round(trainer.num_tokens_seen * arguments.world_size / seconds, 1),
         **evaluation,
         "cache": describe_cache(reader),
-        "objective": {"loss": options.loss, "alpha": options.alpha, "temperature": options.temperature},
+        "other_caches": [describe_cache(cache) | {"weight": w} for cache, w in caches[1:]],
+        "objective": {
+            "loss": options.loss,
+            "loss_args": options.loss_args,
+            "alpha": options.alpha if recipe.uses_teacher else 0.0,
+            "temperature": options.temperature,
+        },
         "seed": options.seed,
     }
     if trainer.is_world_process_zero():
@@ -244,24 +260,32 @@ def _check_same_run(output: Path, options: TrainOptions) -> None:
         )
 
 
-def _check_caches(reader: CacheReader, eval_reader: CacheReader | None, options: TrainOptions) -> None:
-    from kdcache.targets import temperature_index
-
-    for one in (reader, eval_reader):
-        if one is not None and options.alpha > 0 and one.spec.targets.scheme != "hidden":
-            temperature_index(one.temperatures, options.temperature)
+def _check_targets(reader: CacheReader) -> None:
+    """Refuse an empty cache, and one whose targets do not belong to its tokens (a sample of sequences)."""
     if not len(reader):
         raise ConfigError(f"{reader.store}: the cache holds no sequences")
-    if eval_reader is not None and eval_reader.spec.tokenizer.digest != reader.spec.tokenizer.digest:
-        raise CacheMismatchError(
-            f"train and eval cache use different tokenizers: {reader.spec.tokenizer.digest[:12]} and "
-            f"{eval_reader.spec.tokenizer.digest[:12]}",
-            hint="dump the held-out text with the same teacher",
-        )
     for index in range(0, len(reader), max(1, len(reader) // ALIGNMENT_SAMPLE)):
         row = reader[index]
         tolerance = 2 * reader.codec.logprob_error_bound(row.targets.label_logprobs)
-        check_alignment(row.sequence, row.targets, f"sequence {index}", tolerance)
+        check_alignment(row.sequence, row.targets, f"{reader.store}, sequence {index}", tolerance)
+
+
+def check_same_sequences(readers: list[CacheReader]) -> None:
+    """Several teachers' caches hold the same sequences, in whatever order.
+
+    Raises:
+        CacheMismatchError: They do not; names the first that is missing.
+    """
+    for other in readers[1:]:
+        first = readers[0]
+        missing = [h for h in first.content_hashes() if other.index_of(h) is None]
+        if missing or len(other) != len(first):
+            raise CacheMismatchError(
+                f"{other.store} and {first.store} hold different sequences: {len(other)} and {len(first)} of them, "
+                f"{len(missing)} of the latter are not in the former"
+                + (f" (the first has content hash {missing[0]:016x})" if missing else ""),
+                hint="caches of several teachers are made from the same dataset with the same --seq-len and packing",
+            )
 
 
 def _warn_about_sizes(reader: CacheReader, num_parameters: int) -> None:
@@ -281,7 +305,8 @@ def model_card(options: TrainOptions, results: dict[str, Any]) -> str:
         ("cache", f"fingerprint `{cache['fingerprint']}`, {cache['num_positions']:,} tokens of `{cache['dataset']}`"),
         (
             "loss",
-            f"(1 - {objective['alpha']:g}) CE + {objective['alpha']:g} T² {objective['loss']}, T = {objective['temperature']:g}",
+            f"(1 - alpha) CE + alpha T² {objective['loss']}, alpha = {objective['alpha']}, T = {objective['temperature']}"
+            + "".join(f", {name} = {value}" for name, value in objective["loss_args"].items()),
         ),
         ("steps", f"{results['steps']:,} ({results['train_tokens']:,} tokens), seed {results['seed']}"),
         *(

@@ -11,7 +11,7 @@ with sequences whose mask is off: every rank does the same number of micro-batch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +21,30 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kdcache.cache.codec import CompactTargets
 from kdcache.cache.reader import CacheReader
+from kdcache.cache.shard import content_hash
+from kdcache.errors import CacheMismatchError
 from kdcache.heads import OutputHead
 from kdcache.targets import TokenSequence, temperature_index
-from kdcache.train.head import BucketTargets, FullTargets, Targets
+from kdcache.train.objective import BucketTargets, FullTargets, MixedTargets, Targets
 
 IGNORED = -100
-Item = tuple[TokenSequence, CompactTargets | None, bool]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Item:
+    """A sequence on its way into a micro-batch.
+
+    Attributes:
+        sequence: Its tokens.
+        targets: Of each teacher; none for labels alone, or where the sequence does not count.
+        counts: False where it only fills up the last step of an epoch.
+        from_student: The student wrote it (the contrastive pair).
+    """
+
+    sequence: TokenSequence
+    targets: tuple[CompactTargets, ...] = ()
+    counts: bool = True
+    from_student: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,22 +53,53 @@ class CacheDataset(Dataset[Item]):
 
     Attributes:
         reader: The cache.
+        others: Caches of other teachers over the same sequences, found by their content.
+        student_text: A cache of sequences that the student wrote; they come after those of ``reader``.
         with_targets: Read targets; False reads tokens only (alpha 0).
     """
 
     reader: CacheReader
+    others: tuple[CacheReader, ...] = ()
+    student_text: CacheReader | None = None
     with_targets: bool = True
 
     def __len__(self) -> int:
-        return len(self.reader)
+        return len(self.reader) + (0 if self.student_text is None else len(self.student_text))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that decides which sequence stands where."""
+        own = self.reader.manifest.fingerprint
+        return own if self.student_text is None else f"{own}{self.student_text.manifest.fingerprint}"
 
     def __getitem__(self, index: int) -> Item:
         counts = index >= 0
         index = index if counts else -1 - index
-        if self.with_targets and counts:
-            sequence, targets = self.reader.compact(index)
-            return sequence, targets, True
-        return self.reader.tokens(index), None, counts
+        reader, others, from_student = self.reader, self.others, False
+        if index >= len(reader):
+            assert self.student_text is not None, "an index below the length"
+            reader, others, from_student, index = self.student_text, (), True, index - len(reader)
+        if not (self.with_targets and counts):
+            return Item(reader.tokens(index), (), counts, from_student)
+        sequence, targets = reader.compact(index)
+        more = tuple(find_compact(other, sequence) for other in others)
+        return Item(sequence, (targets, *more), True, from_student)
+
+
+def find_compact(reader: CacheReader, sequence: TokenSequence) -> CompactTargets:
+    """What another teacher's cache says about the same sequence.
+
+    Raises:
+        CacheMismatchError: It does not hold the sequence.
+    """
+    index = reader.index_of(content_hash(sequence))
+    if index is None:
+        raise CacheMismatchError(
+            f"{reader.store}: holds no sequence with content hash {content_hash(sequence):016x} ({len(sequence)} tokens), which "
+            "the first cache has",
+            hint="caches of several teachers are made from the same dataset with the same --seq-len and packing",
+        )
+    return reader.compact(index)[1]
 
 
 def epoch_order(num_sequences: int, fingerprint: str, seed: int, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -129,48 +178,54 @@ def collate(items: list[Item]) -> dict[str, torch.Tensor]:
 
     Returns:
         ``input_ids``, ``position_ids`` ``[B, T]`` int64, padded on the right; ``labels`` ``[B, T]``, unshifted as
-        transformers has them, -100 where nothing is learned; ``target_mask`` ``[B, T]`` bool, where row t has a target; and,
-        for the N positions under that mask in row-major order, the compact targets ``kd_*``.
+        transformers has them, -100 where nothing is learned; ``target_mask`` ``[B, T]`` bool, where row t has a target;
+        ``from_student`` ``[B]`` bool; and, for the N positions under that mask in row-major order, the compact targets of
+        teacher m, ``kd<m>_*``.
     """
-    length = max(len(sequence) for sequence, _, _ in items)
+    length = max(len(item.sequence) for item in items)
     shape = (len(items), length)
     input_ids, position_ids = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     labels, mask = np.full(shape, IGNORED, dtype=np.int64), np.zeros(shape, dtype=bool)
-    for row, (sequence, _, counts) in enumerate(items):
+    for row, item in enumerate(items):
+        sequence = item.sequence
         n = len(sequence)
         positions = sequence.position_ids.astype(np.int64)
         input_ids[row, :n] = sequence.input_ids
         position_ids[row, :n] = positions
         position_ids[row, n:] = positions[-1] + 1 + np.arange(length - n)
-        if counts:
+        if item.counts:
             labels[row, :n] = np.where(sequence.loss_mask, sequence.input_ids.astype(np.int64), IGNORED)
             mask[row, :n] = sequence.target_mask
+    from_student = np.array([item.from_student for item in items])
     arrays = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels, "target_mask": mask}
-    compact = [targets for _, targets, counts in items if targets is not None and counts]
-    return {name: torch.from_numpy(array) for name, array in (arrays | _collate_targets(compact)).items()}
+    arrays["from_student"] = from_student
+    for teacher, compact in enumerate(zip(*(item.targets for item in items if item.targets), strict=True)):
+        columns = _collate_targets(compact)
+        arrays |= {f"kd{teacher}_{name}": array for name, array in columns.items()}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def _collate_targets(compact: list[CompactTargets]) -> dict[str, np.ndarray[Any, Any]]:
+def _collate_targets(compact: Sequence[CompactTargets]) -> dict[str, np.ndarray[Any, Any]]:
     """Compact targets of several sequences as rectangles ``[N, K]``; unused slots repeat the position's first entry."""
-    if not compact:
-        return {}
     num_entries = np.concatenate([targets.num_entries for targets in compact]).astype(np.int64)
     arrays: dict[str, np.ndarray[Any, Any]] = {
-        "kd_tails": np.concatenate([targets.tails for targets in compact]),
-        "kd_entropy": np.concatenate([targets.entropy for targets in compact]),
+        "tails": np.concatenate([targets.tails for targets in compact]),
     }
     if compact[0].hidden is not None:
         hidden = np.concatenate([targets.hidden for targets in compact if targets.hidden is not None])
-        arrays["kd_hidden"] = hidden.view(np.int16) if hidden.dtype == np.uint16 else hidden
+        arrays["hidden"] = hidden.view(np.int16) if hidden.dtype == np.uint16 else hidden
         return arrays
     slots = np.arange(max(int(num_entries.max()), 1))
     used = slots < num_entries[:, None]
     entry = (np.cumsum(num_entries) - num_entries)[:, None] + np.where(used, slots, 0)
     ids = np.concatenate([targets.token_ids for targets in compact])
-    arrays["kd_token_ids"] = ids.astype(np.int64 if ids.max(initial=0) >= 1 << 31 else np.int32)[entry]
-    arrays["kd_values"] = np.concatenate([targets.values for targets in compact])[entry]
+    arrays["token_ids"] = ids.astype(np.int64 if ids.max(initial=0) >= 1 << 31 else np.int32)[entry]
+    arrays["values"] = np.concatenate([targets.values for targets in compact])[entry]
+    if compact[0].counts is not None:
+        counts = np.concatenate([targets.counts for targets in compact if targets.counts is not None])
+        arrays["counts"] = counts.astype(np.int16)[entry]
     if not used.all():
-        arrays["kd_used"] = used
+        arrays["used"] = used
     return arrays
 
 
@@ -205,10 +260,7 @@ class TargetDecoder:
         value_table, tail_table = reader.codec.tables()
         head = None
         if hidden:
-            head = OutputHead.from_bytes(reader.head_bytes())
-            head = OutputHead(
-                head.weight.to(device), None if head.bias is None else head.bias.to(device), head.scale, head.softcap
-            )
+            head = OutputHead.from_bytes(reader.head_bytes()).to(device)
         return TargetDecoder(
             temperature=temperature,
             temperature_column=column,
@@ -217,26 +269,53 @@ class TargetDecoder:
             teacher_head=head,
         )
 
-    def decode(self, batch: dict[str, torch.Tensor]) -> Targets | None:
-        """Targets of a batch that is on the device; None when it carries none."""
-        if "kd_hidden" in batch:
-            hidden = batch["kd_hidden"]
+    def decode(self, batch: dict[str, torch.Tensor], teacher: int = 0) -> BucketTargets | FullTargets | None:
+        """Targets of one teacher from a batch that is on the device; None when it carries none."""
+        columns = {name.partition("_")[2]: t for name, t in batch.items() if name.startswith(f"kd{teacher}_")}
+        if "hidden" in columns:
+            hidden = columns["hidden"]
             hidden = hidden.view(torch.bfloat16) if hidden.dtype == torch.int16 else hidden
             assert self.teacher_head is not None, "hidden targets come with a head"
             return FullTargets(hidden, self.teacher_head, self.temperature)
-        return self.decode_buckets(batch) if "kd_token_ids" in batch else None
+        return self.decode_buckets(columns) if "token_ids" in columns else None
 
-    def decode_buckets(self, batch: dict[str, torch.Tensor]) -> BucketTargets:
+    def decode_buckets(self, columns: dict[str, torch.Tensor]) -> BucketTargets:
         """Levels to logprobs at T: ``log_softmax(level / T) + log(1 - tail)``, the torch twin of ``at_temperature``."""
-        values, tails = batch["kd_values"], batch["kd_tails"][:, self.temperature_column]
+        values, tails = columns["values"], columns["tails"][:, self.temperature_column]
         scores_NK = values if self.value_table is None else self.value_table[values.int()]
         tail_N = tails if self.tail_table is None else self.tail_table[tails.int()]
         scores_NK = scores_NK / self.temperature
-        if "kd_used" in batch:
-            scores_NK = scores_NK.masked_fill(~batch["kd_used"], -torch.inf)
+        if "used" in columns:
+            scores_NK = scores_NK.masked_fill(~columns["used"], -torch.inf)
         log_head = torch.log(-torch.expm1(tail_N))
+        logprobs_NK = torch.log_softmax(scores_NK, dim=1) + log_head[:, None]
         return BucketTargets(
-            token_ids=batch["kd_token_ids"].long(),
-            logprobs=torch.log_softmax(scores_NK, dim=1) + log_head[:, None],
+            token_ids=columns["token_ids"].long(),
+            logprobs=logprobs_NK,
             tail_logprobs=tail_N,
+            ratios=self._ratios(columns, logprobs_NK, tail_N) if "counts" in columns else None,
         )
+
+    def _ratios(
+        self, columns: dict[str, torch.Tensor], logprobs_NK: torch.Tensor, tail_N: torch.Tensor
+    ) -> torch.Tensor:
+        """``tau / t``, the torch twin of ``SparseTargets.weights_at`` over the probabilities."""
+        counts = columns["counts"].int() & 0xFFFF  # uint16 travels as int16
+        drawn_NK, counts_NK = counts.any(dim=2), counts[:, :, self.temperature_column].float()
+        used_NK = logprobs_NK > -torch.inf
+        if "used" in columns:
+            counts_NK = counts_NK.masked_fill(~columns["used"], 0.0)
+        probabilities = logprobs_NK.exp()
+        rest_N = tail_N.exp() + torch.where(drawn_NK, probabilities, 0.0).sum(1)
+        share_N = rest_N / counts_NK.sum(1).clamp(min=1)
+        ratios = counts_NK * share_N[:, None] / probabilities.clamp(min=torch.finfo(torch.float32).tiny)
+        return torch.where(used_NK, torch.where(drawn_NK, ratios, 1.0), 0.0)
+
+
+def decode_all(decoders: Sequence[tuple[float, TargetDecoder]], batch: dict[str, torch.Tensor]) -> Targets | None:
+    """Targets of all teachers, mixed by weight where there are several; None when the batch carries none."""
+    parts = [(weight, decoder.decode(batch, teacher)) for teacher, (weight, decoder) in enumerate(decoders)]
+    present = tuple((weight, targets) for weight, targets in parts if targets is not None)
+    if len(present) > 1:
+        return MixedTargets(present)
+    return present[0][1] if present else None

@@ -10,31 +10,29 @@ model's own), so that DDP and FSDP see one module call, and only chunks of logit
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from kdcache.cache.reader import CacheReader
-from kdcache.errors import ConfigError
-from kdcache.heads import OutputHead, head_of, hidden_states, split_is_exact
 from kdcache.progress import Progress
-from kdcache.train.head import LossSums, Objective, kd_loss, kd_loss_from_logits
-from kdcache.train.losses import LOSSES
+from kdcache.train.forward import Decoders, extend_forward, run_objective
+from kdcache.train.objective import NUM_SUMS, PARTS, Objective, calibration_error
+from kdcache.train.recipe import Recipe, weighted
+from kdcache.train.schedule import Schedule
 from kdcache.train.stream import CacheDataset, KDBatchSampler, KDLoader, TargetDecoder, collate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-logger = logging.getLogger(__name__)
 
-PARTS = ("loss", "cross_entropy", "divergence", "num_agree")
+WeightedCaches = CacheReader | Sequence[tuple[CacheReader, float]]
 
 
 class KDTrainer(Trainer):
@@ -43,37 +41,46 @@ class KDTrainer(Trainer):
     Args:
         model: The student.
         args: Any TrainingArguments; ``remove_unused_columns`` is switched off.
-        cache: What to train from.
-        eval_cache: A cache of held-out text, evaluated every ``eval_steps``.
-        alpha: Weight of the teacher: ``(1 - alpha) * CE + alpha * T^2 * D_T``. 0 trains on labels alone.
-        temperature: T, one that the caches declare.
-        loss: Name of the divergence, see ``LOSSES``.
+        cache: What to train from; or several teachers' caches over the same sequences, each with a weight: the loss is the
+            weighted sum of the losses to each (weights are divided by their sum).
+        eval_cache: A cache of held-out text (or several, as above), evaluated every ``eval_steps``.
+        alpha: Weight of the teacher: ``(1 - alpha) * CE + alpha * T^2 * D_T``. 0 trains on labels alone. A number, or a schedule
+            (:mod:`kdcache.train.schedule`).
+        temperature: T, one that the caches declare. A schedule moves through those that they declare, the nearest at a time.
+        loss: Name of the divergence, see ``LOSSES``; or ``contrastive``, see ``student_cache``.
+        loss_args: Its arguments, numbers or schedules.
+        student_cache: For the loss ``contrastive`` (DistiLLM-2, 2503.07067): a cache of text that the student wrote. There the
+            loss is ``balance * skew_reverse_kl``, and on the teacher's text, in ``cache``, ``(2 - balance) * skew_kl``.
         chunk_positions: Positions whose logits may exist at a time.
         processing_class: The tokenizer, saved with checkpoints.
         **kwargs: Passed to ``transformers.Trainer``.
 
     Raises:
-        ConfigError: An unknown loss, or a temperature that a cache does not declare (with those that it does).
+        ConfigError: An unknown loss, one that the caches' targets cannot give, or a temperature that a cache does not declare
+            (with those that it does).
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         args: TrainingArguments,
-        cache: CacheReader,
+        cache: WeightedCaches,
         *,
-        eval_cache: CacheReader | None = None,
-        alpha: float = 0.7,
-        temperature: float = 1.0,
+        eval_cache: WeightedCaches | None = None,
+        alpha: float | str | Schedule = 0.7,
+        temperature: float | str | Schedule = 1.0,
         loss: str = "forward_kl",
+        loss_args: Mapping[str, float | str] | None = None,
+        student_cache: CacheReader | None = None,
         chunk_positions: int | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> None:
-        if loss not in LOSSES:
-            raise ConfigError(f"loss {loss!r}: expected one of {', '.join(LOSSES)}")
-        self.objective = Objective(alpha, temperature, LOSSES[loss])
-        self.cache, self.eval_cache = cache, eval_cache
+        self.recipe = Recipe.of(alpha, temperature, loss, loss_args)
+        self.caches = weighted(cache)
+        self.eval_caches = [] if eval_cache is None else weighted(eval_cache)
+        self.student_cache = student_cache
+        self.recipe.check(self.caches, self.eval_caches, student_cache)
         args.remove_unused_columns = False  # the columns are tensors that the model's own forward does not know
         args._n_gpu = min(
             args.n_gpu, 1
@@ -82,33 +89,50 @@ class KDTrainer(Trainer):
             model=model,
             args=args,
             data_collator=collate,
-            train_dataset=CacheDataset(cache, with_targets=alpha > 0),
-            eval_dataset=None if eval_cache is None else CacheDataset(eval_cache),
+            train_dataset=self._dataset(self.caches, student_cache, with_targets=self.recipe.uses_teacher),
+            eval_dataset=self._dataset(self.eval_caches) if self.eval_caches else None,
             processing_class=processing_class,
             **kwargs,
         )
         self.model_accepts_loss_kwargs = True  # transformers < 5: "the loss is divided by the whole batch already"
         self.loss_is_scaled_for_ga = True
-        device = torch.device("cpu") if args.device.type == "cpu" else args.device
-        self._decoder = TargetDecoder.for_cache(cache, temperature, device) if alpha > 0 else None
-        self._eval_decoder = (
-            TargetDecoder.for_cache(eval_cache, temperature, device) if eval_cache is not None else None
-        )
-        extend_forward(model, cache.vocab_size, chunk_positions)
-        self._sums = torch.zeros(len(PARTS), dtype=torch.float64)
+        self._decoders: dict[tuple[bool, float], Decoders] = {}
+        extend_forward(model, self.caches[0][0].vocab_size, chunk_positions, compiled=args.torch_compile)
+        self._sums = torch.zeros(NUM_SUMS, dtype=torch.float64)
         self._num_targets = 0
         self.num_tokens_seen = 0
+
+    @property
+    def objective(self) -> Objective:
+        """What counts at the step in hand."""
+        return self.recipe.at(self.state.global_step / max(self.state.max_steps, 1), self.caches)
+
+    def _decoders_at(self, temperature: float, *, training: bool) -> Decoders:
+        key = (training, temperature)
+        if key not in self._decoders:
+            device = torch.device("cpu") if self.args.device.type == "cpu" else self.args.device
+            caches = self.caches if training else self.eval_caches
+            self._decoders[key] = [(w, TargetDecoder.for_cache(reader, temperature, device)) for reader, w in caches]
+        return self._decoders[key]
+
+    @staticmethod
+    def _dataset(
+        caches: list[tuple[CacheReader, float]], student_text: CacheReader | None = None, *, with_targets: bool = True
+    ) -> CacheDataset:
+        first, *others = (reader for reader, _ in caches)
+        return CacheDataset(first, tuple(others), student_text, with_targets)
 
     # --- what a step sees ---
 
     def get_train_dataloader(self) -> KDLoader:
         """This rank's micro-batches."""
-        return self._loader(CacheDataset(self.cache, with_targets=self.objective.alpha > 0), training=True)
+        dataset = self._dataset(self.caches, self.student_cache, with_targets=self.recipe.uses_teacher)
+        return self._loader(dataset, training=True)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> KDLoader:
         """This rank's part of the held-out cache, in order."""
-        assert self.eval_cache is not None, "evaluation needs an eval_cache"
-        return self._loader(CacheDataset(self.eval_cache), training=False)
+        assert self.eval_caches, "evaluation needs an eval_cache"
+        return self._loader(self._dataset(self.eval_caches), training=False)
 
     def _loader(self, dataset: CacheDataset, *, training: bool) -> KDLoader:
         args = self.args
@@ -116,7 +140,7 @@ class KDTrainer(Trainer):
             len(dataset),
             args.per_device_train_batch_size if training else args.per_device_eval_batch_size,
             accumulation=args.gradient_accumulation_steps if training else 1,
-            fingerprint=dataset.reader.manifest.fingerprint,
+            fingerprint=dataset.fingerprint,
             seed=args.data_seed if args.data_seed is not None else args.seed,
             rank=args.process_index,
             world_size=args.world_size,
@@ -152,106 +176,72 @@ class KDTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Sum over this micro-batch / targets of the effective batch, times the ranks whose gradients DDP will average."""
-        sums = run_objective(model, inputs, self.objective, self._decoder)
+        objective = self.objective
+        sums = run_objective(model, inputs, objective, self._decoders_of(objective, training=True))
         count = int(inputs["target_mask"].sum())
-        self._sums += (
-            torch.stack([sums.loss.detach(), sums.cross_entropy, sums.divergence, sums.num_agree]).double().cpu()
-        )
+        self._sums += sums.flat().double().cpu()
         self._num_targets += count
         items = count if num_items_in_batch is None else num_items_in_batch
         loss = sums.loss / max(int(items), 1) * self.args.world_size
         return (loss, None) if return_outputs else loss
 
+    def _decoders_of(self, objective: Objective, *, training: bool) -> Decoders:
+        return self._decoders_at(objective.temperature, training=training) if objective.alpha > 0 else []
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the parts of the loss since the last log, each a mean over positions."""
         if "loss" in logs:
-            means = self._reduce(self._sums, self._num_targets)
-            logs |= {"cross_entropy": means["cross_entropy"]}
-            if self.objective.alpha > 0:
-                logs |= {self._divergence_name: means["divergence"], "top1_agreement": means["num_agree"]}
+            logs |= self._means(self._sums, self._num_targets, with_teacher=self.recipe.uses_teacher)[0]
+            logs |= self.recipe.moving(self.objective)
             self._sums.zero_()
             self._num_targets = 0
         super().log(logs, start_time)
 
-    @property
-    def _divergence_name(self) -> str:
-        return next(name for name, function in LOSSES.items() if function is self.objective.divergence)
-
-    def _reduce(self, sums: torch.Tensor, num_targets: int) -> dict[str, float]:
+    def _means(
+        self, sums: torch.Tensor, num_targets: int, *, with_teacher: bool
+    ) -> tuple[dict[str, float], torch.Tensor]:
+        """Parts as means over the positions of all ranks, under the names that are logged; and the calibration sums."""
         totals = torch.cat([sums, torch.tensor([float(num_targets)], dtype=torch.float64)])
         if self.args.world_size > 1:
             totals = self.accelerator.reduce(totals.float().to(self.args.device), reduction="sum").double().cpu()
-        return {name: float(value / max(totals[-1], 1.0)) for name, value in zip(PARTS, totals, strict=False)}
+        parts, calibration = totals[1 : 1 + len(PARTS)], totals[1 + len(PARTS) : -1].view(-1, 3)
+        means = dict(zip(PARTS, (parts / totals[-1].clamp(min=1)).tolist(), strict=True))
+        divergence = means.pop("divergence")
+        if not with_teacher:
+            return {"cross_entropy": means["cross_entropy"]}, calibration
+        return {self.recipe.loss: divergence} | means, calibration
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Means over every position of the held-out cache: loss, cross-entropy, perplexity, divergence, agreement."""
+        """Means over every position of the held-out cache: loss, its parts, perplexity, calibration error (ECE, 15 bins)."""
         model = self.model
         was_training = model.training
         model.eval()
-        sums, num_targets = torch.zeros(len(PARTS), dtype=torch.float64), 0
-        objective = Objective(self.objective.alpha or 1.0, self.objective.temperature, self.objective.divergence)
+        sums, num_targets = torch.zeros(NUM_SUMS, dtype=torch.float64), 0
+        now = self.objective
+        alpha = now.alpha
+        objective = dataclasses.replace(now, alpha=alpha or 1.0, weight=1.0, on_student_text=None)
         with torch.no_grad(), self.compute_loss_context_manager():
             for batch in self.get_eval_dataloader():
                 inputs = self._prepare_inputs(batch)
-                part = run_objective(model, inputs, objective, self._eval_decoder)
-                sums += torch.stack([part.loss, part.cross_entropy, part.divergence, part.num_agree]).double().cpu()
+                decoders = self._decoders_of(objective, training=False)
+                sums += run_objective(model, inputs, objective, decoders).flat().double().cpu()
                 num_targets += int(inputs["target_mask"].sum())
         model.train(was_training)
-        means = self._reduce(sums, num_targets)
-        alpha = self.objective.alpha
-        divergence = means["divergence"]
+        means, calibration = self._means(sums, num_targets, with_teacher=True)
+        distilled = alpha * now.temperature**2 * means[self.recipe.loss] if alpha else 0.0
         metrics = {
-            "loss": (1 - alpha) * means["cross_entropy"] + alpha * self.objective.temperature**2 * divergence,
-            "cross_entropy": means["cross_entropy"],
+            "loss": (1 - alpha) * means["cross_entropy"] + distilled,
             "perplexity": math.exp(min(means["cross_entropy"], 700.0)),
-            self._divergence_name: divergence,
-            "top1_agreement": means["num_agree"],
+            **means,
+            "calibration_error": calibration_error(calibration),
         }
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(dict(named))
         control = self.callback_handler.on_evaluate(self.args, self.state, self.__dict__["control"], named)
         self.control = control
         return named
-
-
-def run_objective(
-    model: torch.nn.Module, batch: dict[str, torch.Tensor], objective: Objective, decoder: TargetDecoder | None
-) -> LossSums:
-    """Forward pass and loss of a micro-batch on the model's device; ``model`` may be wrapped (DDP, FSDP)."""
-    targets = decoder.decode(batch) if decoder is not None else None
-    if targets is None and objective.alpha > 0:  # a micro-batch that only fills up the last step of an epoch
-        objective = Objective(0.0)
-    return LossSums(*model(kd_batch={"batch": batch, "targets": targets, "objective": objective}))
-
-
-def extend_forward(model: PreTrainedModel, vocab_size: int, chunk_positions: int | None) -> None:
-    """Teach a model's ``forward`` the argument ``kd_batch``, which makes it return loss sums instead of logits."""
-    plain_forward = model.forward
-    exact = split_is_exact(model)
-    if not exact:
-        logger.warning(
-            "%s: its output head is not understood; using the model's own logits, whole", type(model).__name__
-        )
-
-    def forward(self: PreTrainedModel, *args: Any, kd_batch: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-        if kd_batch is None:
-            return plain_forward(*args, **kwargs)
-        batch, targets, objective = kd_batch["batch"], kd_batch["targets"], kd_batch["objective"]
-        mask = batch["target_mask"]
-        labels_N = batch["input_ids"].roll(-1, dims=1)[mask]
-        if exact:
-            hidden_BTD = hidden_states(self, batch["input_ids"], batch["position_ids"])
-            head: OutputHead = head_of(self).first(vocab_size)
-            sums = kd_loss(hidden_BTD[mask], head, labels_N, targets, objective, chunk_positions=chunk_positions)
-        else:
-            arguments = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
-            logits_NV = plain_forward(**arguments).logits[mask][:, :vocab_size]
-            sums = kd_loss_from_logits(logits_NV, labels_N, targets, objective)
-        return sums.loss, sums.cross_entropy, sums.divergence, sums.num_agree
-
-    model.forward = MethodType(forward, model)
 
 
 class ProgressLine(TrainerCallback):

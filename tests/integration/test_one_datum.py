@@ -14,8 +14,9 @@ from kdcache.dump.plan import make_plan
 from kdcache.dump.worker import ShardSums
 from kdcache.heads import head_of, hidden_states
 from kdcache.models import find_model, load_model, load_tokenizer
-from kdcache.train.head import Objective, kd_loss
-from kdcache.train.stream import TargetDecoder, collate
+from kdcache.train.head import kd_loss
+from kdcache.train.objective import Objective
+from kdcache.train.stream import Item, TargetDecoder, collate
 
 
 def test_one_datum(tmp_path, tiny_teacher, tiny_student, corpus_file):
@@ -35,9 +36,7 @@ def test_one_datum(tmp_path, tiny_teacher, tiny_student, corpus_file):
 
     # The teacher reads it: hidden states, logits a chunk at a time, the entries to keep, an exact tail at each temperature.
     teacher = load_model(find_model(tiny_teacher), dtype=torch.float32)
-    engine = TransformersEngine(
-        teacher, plan.spec.teacher.vocab_size, k=8, temperatures=(1.0, 2.0, 4.0), chunk_positions=64
-    )
+    engine = TransformersEngine(teacher, plan.spec.teacher.vocab_size, plan.spec.targets, chunk_positions=64)
     targets = engine.run(sequences)
     assert len(targets[0]) == sequence.target_mask.sum(), "row t speaks of the token at t + 1"
 
@@ -57,7 +56,7 @@ def test_one_datum(tmp_path, tiny_teacher, tiny_student, corpus_file):
 
     # It travels on as small integers, and becomes logprobs where the student is.
     sequence, compact = reader.compact(0)
-    batch = collate([(sequence, compact, True)])
+    batch = collate([Item(sequence, (compact,))])
     on_device = TargetDecoder.for_cache(reader, 2.0, torch.device("cpu")).decode(batch)
 
     # The student's hidden states meet it a chunk of positions at a time; the sum is divided once, by the number of targets.

@@ -21,6 +21,7 @@ from kdcache.dump.worker import plan_batches
 from kdcache.errors import ModelError, StoreError, TeacherOutputError
 from kdcache.heads import head_of
 from kdcache.models import find_model, load_model
+from kdcache.specs import TargetSpec
 from kdcache.targets import SparseTargets, TokenSequence
 from tests.conftest import VOCAB_SIZE, make_llama
 
@@ -31,8 +32,10 @@ def teacher(tiny_teacher):
 
 
 def make_engine(model, **changes):
-    given = {"vocab_size": VOCAB_SIZE, "k": 8, "temperatures": (1.0, 2.0), "chunk_positions": 16}
-    return TransformersEngine(model, **(given | changes))
+    targets = {"scheme": "top_k", "k": 8, "temperatures": (1.0, 2.0)}
+    targets |= {name: changes.pop(name) for name in list(changes) if name in TargetSpec.model_fields}
+    given = {"vocab_size": VOCAB_SIZE, "chunk_positions": 16}
+    return TransformersEngine(model, targets=TargetSpec(**targets), **(given | changes))
 
 
 def make_sequence(length, seed, starts=(0,)):
@@ -90,7 +93,7 @@ def test_packing_equals_unpacked(teacher):
     joined = {
         field.name: np.concatenate([getattr(t, field.name) for t in alone])
         for field in dataclasses.fields(SparseTargets)
-        if field.name not in ("temperatures", "hidden")
+        if field.name not in ("temperatures", "hidden", "counts")
     }
     assert_close(together, SparseTargets(temperatures=(1.0, 2.0), **joined))
 
@@ -148,12 +151,12 @@ def test_a_head_that_is_not_understood_costs_time_not_truth(tmp_path, tiny_teach
         expected = logp[np.flatnonzero(sequence.target_mask)]
         np.testing.assert_allclose(targets.logprobs.reshape(len(targets), -1), expected, atol=2e-5)
     with pytest.raises(ModelError, match="not understood"):
-        make_engine(model, keep_hidden=True)
+        make_engine(model, k=0, scheme="hidden")
 
 
 def test_hidden_states_reproduce_the_distribution(teacher):
     sequence = make_sequence(25, 0)
-    (targets,) = make_engine(teacher, k=0, keep_hidden=True).run([sequence])
+    (targets,) = make_engine(teacher, k=0, scheme="hidden").run([sequence])
     logits = head_of(teacher).logits(torch.from_numpy(targets.hidden))
     np.testing.assert_allclose(targets.logz, logits.logsumexp(1).detach(), atol=1e-5)
 
@@ -167,10 +170,10 @@ def fail_above(engine, limit, error):
     class Small(TransformersEngine):
         __slots__ = ()
 
-        def _run(self, batch):
+        def _run(self, batch, sequence_ids):
             if len(batch) > limit:
                 raise error
-            return super()._run(batch)
+            return super()._run(batch, sequence_ids)
 
     engine.__class__ = Small
     return engine

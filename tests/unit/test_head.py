@@ -6,14 +6,9 @@ import pytest
 import torch
 
 from kdcache.heads import OutputHead
-from kdcache.train.head import (
-    BucketTargets,
-    FullTargets,
-    Objective,
-    chunk_loss,
-    kd_loss,
-    kd_loss_from_logits,
-)
+from kdcache.train.head import chunk_loss, kd_loss, kd_loss_from_logits
+from kdcache.train.losses import make_divergence
+from kdcache.train.objective import PARTS, BucketTargets, FullTargets, MixedTargets, Objective, calibration_error
 
 N, D, V = 37, 8, 50
 
@@ -241,3 +236,110 @@ def test_no_position_at_all():
     assert float(empty.loss.detach()) == 0
     grads = grads_of(empty.loss, hidden, head)
     assert all((grad == 0).all() for grad in grads)
+
+
+# --- every divergence through the kernel ------------------------------------------------------------------------------
+
+DIVERGENCES = ["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tv", "akl", "taid", "logit_mse"]
+
+
+def autograd_loss(logits, labels, targets, objective):
+    """Any divergence by autograd through dense logits: the plain twin of the kernel, for buckets and for draws."""
+    student = torch.log_softmax(logits / objective.temperature, -1)
+    kept = student.gather(1, targets.token_ids)
+    if targets.ratios is None:
+        tail = student.scatter(1, targets.token_ids, -torch.inf).logsumexp(1)
+        divergence = objective.divergence.on_buckets(targets.logprobs, targets.tail_logprobs, kept, tail)
+    else:
+        divergence = objective.divergence.on_draws(targets.ratios, targets.logprobs, kept)
+    cross_entropy = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    distilled = objective.temperature**2 * divergence.sum()
+    return objective.weight * ((1 - objective.alpha) * cross_entropy + objective.alpha * distilled)
+
+
+def check_against_autograd(hidden, head, labels, targets, objective):
+    ours = kd_loss(hidden, head, labels, targets, objective, chunk_positions=10)
+    plain = autograd_loss(dense_logits(hidden, head), labels, targets, objective)
+    torch.testing.assert_close(ours.loss, plain, rtol=0, atol=1e-10)
+    for mine, theirs in zip(grads_of(ours.loss, hidden, head), grads_of(plain, hidden, head), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
+    return ours
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize(("alpha", "temperature"), [(0.6, 1.0), (1.0, 2.0), (0.3, 4.0)])
+@pytest.mark.parametrize("extras", [{"bias": False}, {"bias": True, "scale": 0.5, "softcap": 5.0}])
+def test_every_divergence_equals_autograd(name, alpha, temperature, extras):
+    hidden, head, teacher, labels = model_and_teacher(**extras)
+    objective = Objective(alpha, temperature, make_divergence(name), weight=1.3)
+    check_against_autograd(hidden, head, labels, buckets(teacher, 7, temperature), objective)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "jsd", "skew_kl", "skew_reverse_kl", "tv"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_every_divergence_from_draws_equals_autograd(name, temperature):
+    hidden, head, teacher, labels = model_and_teacher(bias=False)
+    b = buckets(teacher, 7, temperature)
+    torch.manual_seed(3)
+    targets = BucketTargets(b.token_ids, b.logprobs, b.tail_logprobs, torch.rand_like(b.logprobs) * 3)
+    sums = check_against_autograd(hidden, head, labels, targets, Objective(0.6, temperature, make_divergence(name)))
+    assert float(sums.student_tail_mass) > 0
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "jsd", "tv"])
+def test_several_teachers_sum_their_losses(name):
+    hidden, head, teacher, labels = model_and_teacher(bias=True)
+    other = torch.randn(N, V, dtype=torch.float64)
+    parts = ((0.7, buckets(teacher, 7, 1.0)), (0.3, buckets(other, 12, 1.0)))
+    objective = Objective(0.6, 1.0, make_divergence(name))
+    ours = kd_loss(hidden, head, labels, MixedTargets(parts), objective, chunk_positions=10)
+    plain = sum(w * autograd_loss(dense_logits(hidden, head), labels, part, objective) for w, part in parts)
+    torch.testing.assert_close(ours.loss, plain, rtol=0, atol=1e-10)
+    for mine, theirs in zip(grads_of(ours.loss, hidden, head), grads_of(plain, hidden, head), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
+
+
+def test_several_teachers_have_the_gradient_of_their_mixture():
+    """Forward KL to each, summed by weight, pulls as forward KL to the mixture does, to 1e-10."""
+    hidden, head, teacher, labels = model_and_teacher(bias=False)
+    other = torch.randn(N, V, dtype=torch.float64)
+    objective = Objective(1.0)
+    summed = MixedTargets(((0.7, buckets(teacher, V, 1.0)), (0.3, buckets(other, V, 1.0))))
+    mixture = (0.7 * torch.softmax(teacher, -1) + 0.3 * torch.softmax(other, -1)).log()
+    ours = grads_of(kd_loss(hidden, head, labels, summed, objective).loss, hidden, head)
+    theirs = grads_of(kd_loss(hidden, head, labels, buckets(mixture, V, 1.0), objective).loss, hidden, head)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_reported_parts_equal_dense_ones():
+    hidden, head, teacher, labels = model_and_teacher(bias=False)
+    objective = Objective(0.5, 1.0, make_divergence("reverse_kl"))
+    sums = kd_loss(hidden, head, labels, buckets(teacher, V, 1.0), objective, chunk_positions=10)
+    t, logits = torch.softmax(teacher, -1), dense_logits(hidden, head).detach()
+    p = torch.softmax(logits, -1)
+    expected = {
+        "cross_entropy": torch.nn.functional.cross_entropy(logits, labels, reduction="sum"),
+        "divergence": (p * (p / t).log()).sum(),
+        "forward_kl": (t * (t / p).log()).sum(),
+        "top1_agreement": (t.argmax(1) == p.argmax(1)).sum().double(),
+        "student_tail_mass": torch.zeros(()).double(),
+        "teacher_tail_mass": torch.zeros(()).double(),
+        "acceptance_rate": torch.minimum(t, p).sum(),
+    }
+    assert tuple(expected) == PARTS
+    for name, value in expected.items():
+        torch.testing.assert_close(getattr(sums, name), value, rtol=0, atol=1e-10)
+    kept = kd_loss(hidden, head, labels, buckets(teacher, 5, 1.0), objective)
+    ids = teacher.topk(5).indices
+    torch.testing.assert_close(kept.student_tail_mass, (1 - p.gather(1, ids).sum(1)).sum())
+    torch.testing.assert_close(kept.teacher_tail_mass, (1 - t.gather(1, ids).sum(1)).sum())
+
+
+def test_calibration_error_by_hand():
+    """Sure and right half of the time: the error is the gap."""
+    logits = torch.full((4, 3), -50.0, dtype=torch.float64)
+    logits[:, 0] = 0.0
+    sums = kd_loss_from_logits(logits, torch.tensor([0, 0, 1, 2]), None, Objective(0.0))
+    assert sums.calibration.sum(0).tolist() == pytest.approx([4, 4, 2])
+    assert calibration_error(sums.calibration) == pytest.approx(0.5)

@@ -8,7 +8,7 @@ import torch
 
 from kdcache.cache.codec import Codec
 from kdcache.targets import SparseTargets, TokenSequence
-from kdcache.train.stream import IGNORED, KDBatchSampler, TargetDecoder, collate, epoch_order
+from kdcache.train.stream import IGNORED, Item, KDBatchSampler, TargetDecoder, collate, decode_all, epoch_order
 
 FINGERPRINT = "0123456789abcdef0123456789abcdef"
 
@@ -91,18 +91,18 @@ def make_item(num_tokens, documents=(0,), k=3, seed=0, vocab=50, codec="packed")
 def test_padding_not_masked():
     """Padding is neither label nor target, and positions run on, so that it is no document of its own."""
     long, short = make_item(9), make_item(5, seed=1)
-    batch = collate([(long[0], long[1], True), (short[0], short[1], True)])
+    batch = collate([Item(long[0], (long[1],)), Item(short[0], (short[1],))])
     assert batch["input_ids"].shape == (2, 9)
     assert (batch["labels"][1, 5:] == IGNORED).all()
     assert not batch["target_mask"][1, 4:].any()
     assert batch["position_ids"][1].tolist() == list(range(9))
-    assert int(batch["target_mask"].sum()) == len(long[2]) + len(short[2]) == len(batch["kd_token_ids"])
+    assert int(batch["target_mask"].sum()) == len(long[2]) + len(short[2]) == len(batch["kd0_token_ids"])
 
 
 def test_off_by_one_mask():
     """Row t has a target exactly where the label t + 1 is learned; labels stay unshifted, as transformers has them."""
     sequence, compact, _, _ = make_item(10, documents=(0, 6))
-    batch = collate([(sequence, compact, True)])
+    batch = collate([Item(sequence, (compact,))])
     mask, labels = batch["target_mask"][0], batch["labels"][0]
     assert mask[:-1].tolist() == (labels[1:] != IGNORED).tolist()
     assert not mask[5]
@@ -112,7 +112,7 @@ def test_off_by_one_mask():
 
 def test_a_filler_counts_nothing():
     sequence, compact, _, _ = make_item(8)
-    batch = collate([(sequence, compact, True), (sequence, None, False)])
+    batch = collate([Item(sequence, (compact,)), Item(sequence, counts=False)])
     assert not batch["target_mask"][1].any()
     assert (batch["labels"][1] == IGNORED).all()
 
@@ -121,14 +121,14 @@ def test_a_filler_counts_nothing():
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_device_decode_equals_its_numpy_twin(codec, temperature):
     items = [make_item(9, seed=s, codec=codec) for s in range(3)]
-    batch = collate([(sequence, compact, True) for sequence, compact, _, _ in items])
+    batch = collate([Item(sequence, (compact,)) for sequence, compact, _, _ in items])
     values, tails = items[0][3].tables()
     column = int(temperature == 2.0)
     decoder = TargetDecoder(
         temperature, column,
         None if values is None else torch.from_numpy(values), None if tails is None else torch.from_numpy(tails[column]),
     )  # fmt: skip
-    ours = decoder.decode_buckets(batch)
+    ours = decoder.decode(batch)
     twins = [compact.expand((1.0, 2.0)).at_temperature(temperature) for _, compact, _, _ in items]
     np.testing.assert_allclose(ours.logprobs.numpy().ravel(), np.concatenate([t[0] for t in twins]), atol=2e-6)
     np.testing.assert_allclose(ours.tail_logprobs.numpy(), np.concatenate([t[1] for t in twins]), atol=1e-6)
@@ -146,8 +146,66 @@ def test_ragged_positions_share_a_rectangle():
         targets.label_logprobs, targets.entropy,
     )  # fmt: skip
     codec = Codec("exact", 50, (1.0, 2.0), 3)
-    batch = collate([(sequence, codec.decode(codec.encode(ragged), 5, "x"), True)])
-    decoded = TargetDecoder(1.0, 0, None, None).decode_buckets(batch)
-    assert batch["kd_used"].sum(1).tolist() == counts.tolist()
+    batch = collate([Item(sequence, (codec.decode(codec.encode(ragged), 5, "x"),))])
+    decoded = TargetDecoder(1.0, 0, None, None).decode(batch)
+    assert batch["kd0_used"].sum(1).tolist() == counts.tolist()
     assert (decoded.token_ids[1] == decoded.token_ids[1, 0]).all()
     assert (decoded.logprobs[1, 1:] == -torch.inf).all()
+
+
+def drawn_item(codec, seed=0, scheme="hybrid"):
+    """Drawn targets at two temperatures, ragged, through a codec."""
+    rng = np.random.default_rng(seed)
+    sequence, _, top, _ = make_item(9, k=20, seed=seed)
+    n = len(top)
+    num_entries = rng.integers(2, 6, n).astype(np.uint32)
+    keep = np.concatenate([np.sort(rng.choice(20, c, replace=False)) + 20 * i for i, c in enumerate(num_entries)])
+    probabilities = np.exp(top.logprobs[keep].astype(np.float64))
+    position = np.repeat(np.arange(n), num_entries)
+    tail = np.log(1 - np.bincount(position, probabilities, n))
+    counts = rng.integers(0, 3, (len(keep), 2)).astype(np.uint16)
+    counts[np.cumsum(num_entries) - 1] = 1
+    first = np.cumsum(num_entries) - num_entries
+    counts[first] = 0 if scheme == "hybrid" else 2
+    targets = SparseTargets(
+        (1.0, 2.0), num_entries, top.token_ids[keep], top.logprobs[keep],
+        np.stack([tail, tail / 2], 1).astype(np.float32), top.logz, top.label_logprobs, top.entropy, counts=counts,
+    )  # fmt: skip
+    made = Codec(codec, 50, (1.0, 2.0), 20, num_draws=20)
+    return sequence, made.decode(made.encode(targets), n, "item"), targets, made
+
+
+@pytest.mark.parametrize("codec", ["packed", "exact"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("scheme", ["hybrid", "sampled"])
+def test_weights_of_draws_equal_their_numpy_twin(codec, temperature, scheme):
+    items = [drawn_item(codec, seed, scheme) for seed in range(3)]
+    for _, compact, targets, _ in items:
+        np.testing.assert_array_equal(compact.counts, targets.counts)
+        np.testing.assert_array_equal(compact.token_ids, targets.token_ids)
+    batch = collate([Item(sequence, (compact,)) for sequence, compact, _, _ in items])
+    values, tails = items[0][3].tables()
+    column = int(temperature == 2.0)
+    decoder = TargetDecoder(
+        temperature, column,
+        None if values is None else torch.from_numpy(values), None if tails is None else torch.from_numpy(tails[column]),
+    )  # fmt: skip
+    ours = decoder.decode(batch)
+    used = ours.logprobs > -torch.inf
+    weights = (ours.ratios * ours.logprobs.exp())[used].numpy()
+    twins = [compact.expand((1.0, 2.0)).weights_at(temperature) for _, compact, _, _ in items]
+    np.testing.assert_allclose(weights, np.concatenate(twins), rtol=2e-5, atol=1e-7)
+    assert (ours.ratios[~used] == 0).all()
+
+
+def test_several_teachers_side_by_side():
+    """The targets of each teacher travel under its number, and are mixed by weight."""
+    first, second = make_item(9, seed=0), make_item(9, seed=0, k=7)
+    batch = collate([Item(first[0], (first[1], second[1]))])
+    decoders = []
+    for _, _, _, codec in (first, second):
+        values, tails = codec.tables()
+        decoders.append(TargetDecoder(1.0, 0, torch.from_numpy(values), torch.from_numpy(tails[0])))
+    mixed = decode_all([(0.7, decoders[0]), (0.3, decoders[1])], batch)
+    assert [(weight, part.token_ids.shape[1]) for weight, part in mixed.parts] == [(0.7, 3), (0.3, 7)]
+    assert decode_all([], batch) is None

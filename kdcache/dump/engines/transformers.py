@@ -1,6 +1,7 @@
 """The default engine: any causal LM of transformers, its trunk once, its head a chunk of positions at a time.
 
-Logits never exist for more than a chunk. Padded rows of the vocabulary are left out before anything is selected. When
+Logits never exist for more than a chunk. Other teachers can be averaged in (:class:`kdcache.dump.average.Averaged`): their
+logits come from their ``hidden`` caches, so that two teachers are never in memory together. Padded rows of the vocabulary are left out before anything is selected. When
 memory runs out a batch is halved and done again; the commit says how often. A model whose head is not understood
 (:func:`kdcache.heads.split_is_exact`) is run whole instead, one sequence at a time, with one warning.
 """
@@ -8,7 +9,7 @@ memory runs out a batch is halved and done again; the commit says how often. A m
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -16,9 +17,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from kdcache.dump.select import Selected, select_top_k
+from kdcache.dump.average import Averaged
+from kdcache.dump.draw import position_uniforms
+from kdcache.dump.select import Selected, select
 from kdcache.errors import ModelError, TeacherOutputError
 from kdcache.heads import OutputHead, head_of, hidden_states, split_is_exact
+from kdcache.specs import DRAWN, TargetSpec
 from kdcache.targets import SparseTargets, TokenSequence
 
 if TYPE_CHECKING:
@@ -34,19 +38,17 @@ class TransformersEngine:
     Attributes:
         model: In eval mode, on its device or devices.
         vocab_size: V, the tokens without padded rows.
-        k: Entries a position; 0 for the ``hidden`` scheme.
-        temperatures: The first is 1.
+        targets: What to keep of each position.
         chunk_positions: Positions whose logits may exist at a time.
-        keep_hidden: Give hidden states as well (the ``hidden`` scheme).
+        averaged: Teachers whose logits are averaged in; this one has the rest of the weight.
         num_splits: Batches halved so far because memory ran out.
     """
 
     model: PreTrainedModel
     vocab_size: int
-    k: int
-    temperatures: tuple[float, ...]
+    targets: TargetSpec
     chunk_positions: int
-    keep_hidden: bool = False
+    averaged: Sequence[Averaged] = ()
     num_splits: int = 0
     head: OutputHead | None = field(init=False, default=None)
 
@@ -54,7 +56,7 @@ class TransformersEngine:
         self.model.eval()
         if split_is_exact(self.model):
             self.head = head_of(self.model).first(self.vocab_size)
-        elif self.keep_hidden:
+        elif self.targets.scheme == "hidden":
             raise ModelError(
                 f"{type(self.model).__name__}: its output head is not understood, so hidden states do not give its logits",
                 hint="dump with --targets top_k",
@@ -66,17 +68,18 @@ class TransformersEngine:
             )
 
     @torch.inference_mode()
-    def run(self, batch: list[TokenSequence]) -> list[SparseTargets]:
-        """Targets of each sequence of a batch.
+    def run(self, batch: list[TokenSequence], sequence_ids: Sequence[int] | None = None) -> list[SparseTargets]:
+        """Targets of each sequence of a batch. Their ids key random draws; without them they are numbered from 0.
 
         Raises:
             TeacherOutputError: NaN or Inf.
             ModelError: One sequence alone does not fit into memory.
         """
+        sequence_ids = range(len(batch)) if sequence_ids is None else sequence_ids
         if self.head is None and len(batch) > 1:
-            return [targets for sequence in batch for targets in self.run([sequence])]
+            return [t for sequence, name in zip(batch, sequence_ids, strict=True) for t in self.run([sequence], [name])]
         try:
-            return self._run(batch)
+            return self._run(batch, sequence_ids)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -90,9 +93,9 @@ class TransformersEngine:
         self.num_splits += 1
         logger.warning("memory ran out at %d sequences; going on with half as many", len(batch))
         middle = len(batch) // 2
-        return self.run(batch[:middle]) + self.run(batch[middle:])
+        return self.run(batch[:middle], sequence_ids[:middle]) + self.run(batch[middle:], sequence_ids[middle:])
 
-    def _run(self, batch: list[TokenSequence]) -> list[SparseTargets]:
+    def _run(self, batch: list[TokenSequence], sequence_ids: Sequence[int]) -> list[SparseTargets]:
         input_ids, position_ids = (t.to(self.model.get_input_embeddings().weight.device) for t in pad_batch(batch))
         masks = np.zeros(tuple(input_ids.shape), dtype=bool)
         for row, sequence in enumerate(batch):
@@ -101,57 +104,74 @@ class TransformersEngine:
         labels_N = input_ids.roll(-1, dims=1)[valid.to(input_ids.device)]
         if self.head is not None:
             hidden_BTD = hidden_states(self.model, input_ids, position_ids)
-            hidden_ND = hidden_BTD[valid.to(hidden_BTD.device)].to(self.head.weight.device)
-            selected = self._select(hidden_ND, self.head.logits_as_computed, labels_N.to(hidden_ND.device))
+            given_NX = hidden_BTD[valid.to(hidden_BTD.device)].to(self.head.weight.device)
+            to_logits: Callable[[torch.Tensor], torch.Tensor] = self.head.logits_as_computed
         else:
             logits_BTV = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
-            hidden_ND = logits_BTV[valid.to(logits_BTV.device)][:, : self.vocab_size]
-            selected = self._select(hidden_ND, lambda logits: logits, labels_N.to(hidden_ND.device))
-        return self._split(selected, hidden_ND if self.keep_hidden else None, [int(mask.sum()) for mask in masks])
+            given_NX = logits_BTV[valid.to(logits_BTV.device)][:, : self.vocab_size]
+            to_logits = _as_they_are
+        uniforms = self._uniforms(batch, sequence_ids, given_NX.device)
+        others = [averaged.hidden(batch) for averaged in self.averaged]
+        labels_N = labels_N.to(given_NX.device)
+        chunks = []
+        for start in range(0, len(given_NX), self.chunk_positions):
+            rows = slice(start, start + self.chunk_positions)
+            logits_CV = to_logits(given_NX[rows])
+            for averaged, hidden_ND in zip(self.averaged, others, strict=True):
+                logits_CV = averaged.add_to(logits_CV, hidden_ND[rows], first=averaged is self.averaged[0])
+            chunk_uniforms = None if uniforms is None else uniforms[rows]
+            chunks.append(select(logits_CV, labels_N[rows], self.targets, chunk_uniforms))
+        keep_hidden = self.targets.scheme == "hidden"
+        return self._split(chunks, given_NX if keep_hidden else None, [int(mask.sum()) for mask in masks])
 
-    def _select(
-        self, hidden_ND: torch.Tensor, to_logits: Callable[[torch.Tensor], torch.Tensor], labels_N: torch.Tensor
-    ) -> list[Selected]:
-        return [
-            select_top_k(
-                to_logits(hidden_ND[i : i + self.chunk_positions]),
-                labels_N[i : i + self.chunk_positions],
-                k=min(self.k, self.vocab_size),
-                temperatures=self.temperatures,
-            )
-            for i in range(0, len(hidden_ND), self.chunk_positions)
+    def _uniforms(
+        self, batch: list[TokenSequence], sequence_ids: Sequence[int], device: torch.device
+    ) -> torch.Tensor | None:
+        if self.targets.scheme not in DRAWN:
+            return None
+        parts = [
+            position_uniforms(self.targets, name, sequence.target_mask)
+            for sequence, name in zip(batch, sequence_ids, strict=True)
         ]
+        return torch.from_numpy(np.concatenate(parts)).to(device)
 
     def _split(self, chunks: list[Selected], hidden_ND: torch.Tensor | None, sizes: list[int]) -> list[SparseTargets]:
         """Back to the host, a sequence at a time."""
-        whole = (
-            {
-                name: np.concatenate([getattr(chunk, name).cpu().numpy() for chunk in chunks])
-                for name in ("token_ids", "logprobs", "tail_logprobs", "logz", "label_logprobs", "entropy")
-            }
-            if chunks
-            else {}
-        )
+        per_position: dict[str, np.ndarray] = {}
+        per_entry: dict[str, np.ndarray] = {}
+        if chunks:
+            used = [
+                torch.arange(c.token_ids.shape[1], device=c.token_ids.device) < c.num_entries[:, None] for c in chunks
+            ]
+            for name in ("num_entries", "tail_logprobs", "logz", "label_logprobs", "entropy"):
+                per_position[name] = np.concatenate([getattr(chunk, name).cpu().numpy() for chunk in chunks])
+            names = ("token_ids", "logprobs", *(("counts",) if chunks[0].counts is not None else ()))
+            for name in names:
+                parts = [getattr(chunk, name)[mask].cpu().numpy() for chunk, mask in zip(chunks, used, strict=True)]
+                per_entry[name] = np.concatenate(parts)
         hidden = None if hidden_ND is None else hidden_ND.float().cpu().numpy()
         ends = np.cumsum([0, *sizes])
         out = []
         for start, end in pairwise(ends):
             if start == end:
                 raise ModelError("a sequence without anything to learn reached the teacher")
-            part = {name: array[start:end] for name, array in whole.items()}
-            self._check_finite(part)
-            k = part["token_ids"].shape[1]
+            part = {name: array[start:end] for name, array in per_position.items()}
+            first = int(per_position["num_entries"][:start].sum())
+            last = first + int(part["num_entries"].sum())
+            entries = {name: array[first:last] for name, array in per_entry.items()}
+            self._check_finite(part | entries)
             out.append(
                 SparseTargets(
-                    temperatures=self.temperatures,
-                    num_entries=np.full(end - start, k, dtype=np.uint32),
-                    token_ids=part["token_ids"].astype(np.uint32).ravel(),
-                    logprobs=part["logprobs"].ravel(),
+                    temperatures=self.targets.temperatures,
+                    num_entries=part["num_entries"].astype(np.uint32),
+                    token_ids=entries["token_ids"].astype(np.uint32),
+                    logprobs=entries["logprobs"],
                     tail_logprobs=part["tail_logprobs"],
                     logz=part["logz"],
                     label_logprobs=part["label_logprobs"],
                     entropy=part["entropy"],
                     hidden=None if hidden is None else hidden[start:end],
+                    counts=entries["counts"].astype(np.uint16) if "counts" in entries else None,
                 )
             )
         return out
@@ -160,6 +180,10 @@ class TransformersEngine:
         for name in ("logz", "logprobs", "label_logprobs", "entropy"):
             if not np.isfinite(part[name]).all():
                 raise TeacherOutputError(f"the teacher's {name} are NaN or Inf")
+
+
+def _as_they_are(logits: torch.Tensor) -> torch.Tensor:
+    return logits
 
 
 def pad_batch(batch: list[TokenSequence]) -> tuple[torch.Tensor, torch.Tensor]:

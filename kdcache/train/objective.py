@@ -1,0 +1,143 @@
+"""What a step is given and what it gives: targets on the training device, the objective, sums over positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from kdcache.heads import OutputHead
+from kdcache.train.losses import Divergence, forward_kl
+
+CALIBRATION_BINS = 15
+PARTS = (
+    "cross_entropy",
+    "divergence",
+    "forward_kl",
+    "top1_agreement",
+    "student_tail_mass",
+    "teacher_tail_mass",
+    "acceptance_rate",
+)
+NUM_SUMS = 1 + len(PARTS) + 3 * CALIBRATION_BINS
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BucketTargets:
+    """The teacher's distribution at one temperature over kept entries and tail, on the training device.
+
+    Attributes:
+        token_ids: ``[N, K]`` int64. Unused slots repeat the position's first id.
+        logprobs: ``[N, K]`` float32, ``-inf`` in unused slots.
+        tail_logprobs: ``[N]`` float32.
+        ratios: ``[N, K]`` float32, ``tau / t`` of entries that were drawn (``SparseTargets.weights_at``), 0 in unused slots;
+            None where entries and tail are the distribution.
+    """
+
+    token_ids: torch.Tensor
+    logprobs: torch.Tensor
+    tail_logprobs: torch.Tensor
+    ratios: torch.Tensor | None = None
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> BucketTargets:
+        ratios = None if self.ratios is None else self.ratios[rows]
+        return BucketTargets(self.token_ids[rows], self.logprobs[rows], self.tail_logprobs[rows], ratios)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FullTargets:
+    """The teacher's whole distribution, as hidden states and the head that turns them into logits.
+
+    Attributes:
+        hidden: ``[N, D_teacher]``.
+        head: The teacher's, without padded rows.
+        temperature: T.
+    """
+
+    hidden: torch.Tensor
+    head: OutputHead
+    temperature: float
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> FullTargets:
+        return FullTargets(self.hidden[rows], self.head, self.temperature)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MixedTargets:
+    """Several teachers, each with a weight: the loss is the weighted sum of the losses to each.
+
+    For forward KL its gradient is the one to the mixture of the teachers, whatever entries each has kept.
+    """
+
+    parts: tuple[tuple[float, BucketTargets | FullTargets], ...]
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> MixedTargets:
+        return MixedTargets(tuple((weight, targets[rows]) for weight, targets in self.parts))
+
+
+Targets = BucketTargets | FullTargets | MixedTargets
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What a student is trained for: ``(1 - alpha) * CE + alpha * temperature^2 * divergence``.
+
+    Attributes:
+        alpha: Weight of the teacher.
+        temperature: T.
+        divergence: D.
+        weight: Factor of everything.
+        on_student_text: What counts instead on sequences that the student wrote itself (the contrastive pair), or None.
+    """
+
+    alpha: float = 0.7
+    temperature: float = 1.0
+    divergence: Divergence = field(default_factory=forward_kl)
+    weight: float = 1.0
+    on_student_text: Objective | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LossSums:
+    """Sums over positions; divide by the number of targets of the effective batch, once.
+
+    Attributes:
+        loss: As optimised, carries the gradient.
+        parts: ``[len(PARTS)]``, sums of: ``cross_entropy`` of the labels (nats); ``divergence`` at temperature T without the
+            factor ``T^2``, and ``forward_kl``, KL(teacher ‖ student) whatever is optimised (nats; teacher entropy subtracted);
+            ``top1_agreement`` of student and teacher; the mass at T that each gives to what the targets leave out; the
+            ``acceptance_rate`` ``sum(min(t, p))`` of speculative decoding. All but the first are 0 without targets.
+        calibration: ``[CALIBRATION_BINS, 3]``: positions, sums of the student's confidence in its first choice, and of hits,
+            by equal bins of that confidence at T = 1.
+    """
+
+    loss: torch.Tensor
+    parts: torch.Tensor
+    calibration: torch.Tensor
+
+    def flat(self) -> torch.Tensor:
+        """``[NUM_SUMS]``: everything one after the other, without the gradient."""
+        return torch.cat([self.loss.detach()[None], self.parts, self.calibration.reshape(-1)])
+
+    @staticmethod
+    def from_flat(loss: torch.Tensor, measured: torch.Tensor) -> LossSums:
+        """From the loss and the rest of :meth:`flat`."""
+        return LossSums(loss, measured[: len(PARTS)], measured[len(PARTS) :].view(CALIBRATION_BINS, 3))
+
+    def __add__(self, other: LossSums) -> LossSums:
+        return LossSums(self.loss + other.loss, self.parts + other.parts, self.calibration + other.calibration)
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        if name in PARTS:
+            return self.parts[PARTS.index(name)]
+        raise AttributeError(name)
+
+
+def calibration_error(calibration: torch.Tensor) -> float:
+    """Expected calibration error: the mean gap between confidence and accuracy over bins, weighted by their positions.
+
+    Args:
+        calibration: ``[CALIBRATION_BINS, 3]`` sums, see :class:`LossSums`. Guo et al. 1706.04599.
+    """
+    number, confidence, hits = calibration.double().unbind(1)
+    return float((confidence - hits).abs().sum() / number.sum().clamp(min=1))

@@ -1,0 +1,162 @@
+"""What a whole run is trained for: loss, alpha and temperature over its course, and whether its caches can give that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from kdcache.cache.reader import CacheReader
+from kdcache.errors import CacheMismatchError, ConfigError
+from kdcache.targets import temperature_index
+from kdcache.train.losses import Divergence, check_estimator, make_divergence, skew_kl, skew_reverse_kl
+from kdcache.train.objective import Objective
+from kdcache.train.schedule import Schedule, parse_schedule
+
+CONTRASTIVE = "contrastive"
+CONTRASTIVE_ARGS = {"skew": 0.1, "balance": 1.0}
+
+WeightedReaders = list[tuple[CacheReader, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """The objective of every step.
+
+    Attributes:
+        loss: Name of the divergence.
+        alpha: Weight of the teacher.
+        temperature: T.
+        loss_args: Arguments of the divergence.
+    """
+
+    loss: str
+    alpha: Schedule
+    temperature: Schedule
+    loss_args: Mapping[str, Schedule]
+
+    @staticmethod
+    def of(
+        alpha: float | str | Schedule,
+        temperature: float | str | Schedule,
+        loss: str,
+        loss_args: Mapping[str, float | str] | None,
+    ) -> Recipe:
+        """From numbers or schedules.
+
+        Raises:
+            ConfigError: A number out of its range, an unknown loss or argument.
+        """
+        try:
+            arguments = {name: parse_schedule(value) for name, value in (loss_args or {}).items()}
+            recipe = Recipe(loss, parse_schedule(alpha), parse_schedule(temperature), arguments)
+        except ValueError as error:
+            raise ConfigError(f"alpha, temperature or an argument of the loss: {error}") from error
+        if not all(0 <= value <= 1 for value in recipe.alpha.values):
+            raise ConfigError(f"alpha is between 0 and 1, found {recipe.alpha}")
+        if not all(value > 0 for value in recipe.temperature.values):
+            raise ConfigError(f"temperature is above 0, found {recipe.temperature}")
+        for share in (0.0, 1.0):
+            recipe._divergences(share)
+        return recipe
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether targets are needed at all."""
+        return self.loss != "ce" and any(value > 0 for value in self.alpha.values)
+
+    def at(self, progress: float, caches: WeightedReaders) -> Objective:
+        """What counts when ``progress`` of the run is done. A temperature on its way takes the nearest declared one."""
+        alpha = self.alpha.at(progress) if self.uses_teacher else 0.0
+        temperature = self.temperature.at(progress)
+        declared = declared_temperatures(caches)
+        if declared is not None and not self.temperature.is_constant:
+            temperature = min(declared, key=lambda one: abs(math.log(one / temperature)))
+        divergence, on_student_text, balance = self._divergences(progress)
+        if on_student_text is None:
+            return Objective(alpha, temperature, divergence)
+        student_side = Objective(alpha, temperature, on_student_text, weight=balance)
+        return Objective(alpha, temperature, divergence, weight=2 - balance, on_student_text=student_side)
+
+    def moving(self, objective: Objective) -> dict[str, float]:
+        """What is scheduled, and where it stands: for the log."""
+        now = {"alpha": (self.alpha, objective.alpha), "temperature": (self.temperature, objective.temperature)}
+        return {name: value for name, (schedule, value) in now.items() if not schedule.is_constant}
+
+    def check(self, caches: WeightedReaders, eval_caches: WeightedReaders, student_cache: CacheReader | None) -> None:
+        """Refuse what the caches cannot give.
+
+        Raises:
+            ConfigError: A temperature that is not declared, or a loss that drawn targets do not allow.
+            CacheMismatchError: Caches of different tokenizers, or over different sequences.
+        """
+        if (self.loss == CONTRASTIVE) != (student_cache is not None):
+            raise ConfigError(
+                "the contrastive loss needs a cache of text that the student wrote, and nothing else takes one",
+                hint="--loss contrastive --cache TEACHER_TEXT --student-cache STUDENT_TEXT",
+            )
+        if student_cache is not None and len(caches) > 1:
+            raise ConfigError("the contrastive loss takes one teacher, several caches were named")
+        student_side = [] if student_cache is None else [(student_cache, 1.0)]
+        first = caches[0][0]
+        for reader, _ in [*caches, *eval_caches, *student_side]:
+            if reader.spec.tokenizer.digest != first.spec.tokenizer.digest:
+                raise CacheMismatchError(
+                    f"{reader.store} and {first.store} were made with different tokenizers: "
+                    f"{reader.spec.tokenizer.digest[:12]} and {first.spec.tokenizer.digest[:12]}"
+                )
+            if reader.vocab_size != first.vocab_size:
+                raise CacheMismatchError(
+                    f"{reader.store} has targets over {reader.vocab_size} tokens, {first.store} over {first.vocab_size}"
+                )
+            if self.uses_teacher:
+                self._check_cache(reader)
+        if student_cache is not None and _storage(student_cache) != _storage(first):
+            raise CacheMismatchError(
+                f"{student_cache.store} and {first.store} hold different kinds of targets: {_storage(student_cache)} and "
+                f"{_storage(first)}",
+                hint="dump both with the same --targets, --temperatures and --codec",
+            )
+
+    def _check_cache(self, reader: CacheReader) -> None:
+        if reader.spec.targets.scheme == "hidden":
+            return
+        if self.temperature.is_constant:
+            temperature_index(reader.temperatures, self.temperature.values[0])
+        estimator = "draws" if reader.spec.targets.num_draws else "buckets"
+        for divergence in self._divergences(0.0)[:2]:
+            if divergence is not None:
+                check_estimator(divergence, "draws" if estimator == "draws" else "buckets", str(reader.store))
+
+    def _divergences(self, progress: float) -> tuple[Divergence, Divergence | None, float]:
+        """On the teacher's text (or any text), on the student's, and the balance of the two."""
+        arguments = {name: schedule.at(progress) for name, schedule in self.loss_args.items()}
+        if self.loss != CONTRASTIVE:
+            return make_divergence(self.loss, arguments), None, 1.0
+        if unknown := [name for name in arguments if name not in CONTRASTIVE_ARGS]:
+            raise ConfigError(
+                f"loss {CONTRASTIVE} has no argument {unknown[0]!r}", hint=f"it takes {', '.join(CONTRASTIVE_ARGS)}"
+            )
+        given = CONTRASTIVE_ARGS | arguments
+        if not 0 <= given["balance"] <= 2:
+            raise ConfigError(f"loss {CONTRASTIVE}: balance is between 0 and 2, found {given['balance']:g}")
+        return skew_kl(given["skew"]), skew_reverse_kl(given["skew"]), given["balance"]
+
+
+def declared_temperatures(caches: WeightedReaders) -> list[float] | None:
+    """Temperatures that every cache declares; None where all hold hidden states, from which any is exact."""
+    sets = [set(reader.temperatures) for reader, _ in caches if reader.spec.targets.scheme != "hidden"]
+    return sorted(set.intersection(*sets)) if sets else None
+
+
+def weighted(caches: CacheReader | Sequence[tuple[CacheReader, float]]) -> WeightedReaders:
+    """One cache, or several with weights that are divided by their sum."""
+    if isinstance(caches, CacheReader):
+        return [(caches, 1.0)]
+    total = sum(weight for _, weight in caches)
+    return [(reader, weight / total) for reader, weight in caches]
+
+
+def _storage(reader: CacheReader) -> tuple[object, ...]:
+    targets = reader.spec.targets
+    return targets.scheme, targets.temperatures, reader.spec.codec.name, reader.manifest.head_digest
