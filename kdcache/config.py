@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib.metadata
 import json
+import os
 import platform
 import sys
 from collections.abc import Mapping
@@ -44,7 +45,7 @@ class Options(BaseModel):
 
 def parse_weighted(value: Any) -> Any:
     """``"a:0.7"``, a list of such, or a mapping, as path to weight. A path without a weight has weight 1."""
-    if isinstance(value, str):
+    if isinstance(value, str | os.PathLike):
         value = [value]
     if not isinstance(value, list | tuple):
         return value

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdcache.cache.commit import check_is_ours, current_manifest, publish_plan, read_plan
 from kdcache.cache.manifest import CacheSpec, Manifest, Plan
+from kdcache.cache.reader import open_cache
 from kdcache.cache.store import LocalStore
 from kdcache.config import library_versions
 from kdcache.corpus import detect_columns, load_rows, mean_row_tokens, source_digest
@@ -141,9 +142,8 @@ def make_plan(store: LocalStore, options: DumpOptions) -> tuple[Plan, Dataset]:
             chunk_positions=CHUNK_POSITIONS.get(device.split(":")[0], 4096),
         ),
         rows_per_shard=(
-            standing.spec.rows_per_shard
-            if standing and options.shard_positions is None
-            else _rows_per_shard(options, rows, mean_row_tokens(rows, corpus, tokenizer))
+            _rows_of_others(standing, options)
+            or _rows_per_shard(options, rows, mean_row_tokens(rows, corpus, tokenizer))
         ),
     )
     plan = Plan(spec=spec, fingerprint=spec.fingerprint, environment=library_versions())
@@ -156,6 +156,14 @@ def make_plan(store: LocalStore, options: DumpOptions) -> tuple[Plan, Dataset]:
         spec.teacher.dtype,
     )
     return publish_plan(store, plan), rows
+
+
+def _rows_of_others(standing: Plan | None, options: DumpOptions) -> int | None:
+    """Rows a shard of the plan that stands, or of a teacher to be averaged in: packing ends where a shard ends."""
+    if options.shard_positions is not None:
+        return None
+    specs = [standing.spec] if standing else [open_cache(path).spec for path in options.average]
+    return specs[0].rows_per_shard if specs else None
 
 
 def _rows_per_shard(options: DumpOptions, rows: Dataset, tokens_per_row: float) -> int:
