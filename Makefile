@@ -7,10 +7,11 @@ export MALLOC_TOP_PAD_ ?= 536870912
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test check lint typecheck bench prove prove-crash prove-online-offline test-oldest clean
+.PHONY: help setup demo test check lint typecheck bench prove prove-crash prove-online-offline prove-estimators prove-families \
+	prove-students prove-defaults test-oldest clean
 
 help:
-	@echo "make demo | test | check | lint | typecheck | bench | test-oldest | prove-crash | prove-online-offline | clean"
+	@echo "make demo | test | check | lint | typecheck | bench | test-oldest | prove-NAME | clean"
 
 setup: $(VENV)/.done
 
@@ -42,15 +43,28 @@ check: lint typecheck test
 
 bench: setup
 	$(PY) benchmarks/bench_dump_overhead.py
+	$(PY) benchmarks/bench_loss.py
 	$(PY) benchmarks/bench_train_step.py
 
-prove: prove-crash prove-online-offline
+prove: prove-crash prove-online-offline prove-estimators prove-families prove-students prove-defaults
 
 prove-crash: setup
 	$(PY) benchmarks/prove_crash.py
 
 prove-online-offline: setup
 	$(PY) benchmarks/prove_online_offline.py
+
+prove-estimators: setup
+	$(PY) benchmarks/prove_estimators.py
+
+prove-families: setup
+	$(PY) benchmarks/prove_families.py
+
+prove-students: setup
+	$(PY) benchmarks/prove_students.py
+
+prove-defaults: setup
+	$(PY) benchmarks/prove_students.py --defaults
 
 clean:
 	rm -rf $(VENV) .venv-oldest demo-output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,93 @@
+"""What does the loss cost, in time and memory: dense, gathered, chunked, at three sizes?
+
+From hidden states to gradients of hidden states and head, forward KL over 64 kept entries and the tail, float32:
+
+- dense: logits of all positions, log-softmax, ``F.kl_div`` against the teacher's dense probabilities;
+- gather: logits of all positions, log-softmax, the kept entries gathered from it;
+- chunked: ``kd_loss``.
+
+    python benchmarks/bench_loss.py [--rounds 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import memory, results_file
+from kdcache.heads import OutputHead
+from kdcache.models import keep_freed_memory
+from kdcache.train.head import kd_loss
+from kdcache.train.objective import BucketTargets, Objective
+
+V, D, K = 49_152, 576, 64
+SIZES = (1024, 2048, 4096)
+FORMS = ("dense", "gather", "chunked")
+
+
+def case(n: int):
+    """Hidden states, head, labels and targets of n positions."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(n, D, requires_grad=True), (torch.randn(V, D) / 24).requires_grad_()
+    ids = torch.stack([torch.randperm(V)[:K] for _ in range(n)]).sort(1).values
+    logprobs = torch.log_softmax(torch.randn(n, K), 1) + torch.log(torch.tensor(0.9))
+    return hidden, weight, torch.randint(0, V, (n,)), BucketTargets(ids, logprobs, torch.full((n,), 0.1).log())
+
+
+def loss(form: str, hidden, weight, labels, targets) -> torch.Tensor:
+    """The sum over positions."""
+    if form == "chunked":
+        return kd_loss(hidden, OutputHead(weight), labels, targets, Objective(1.0)).loss
+    student = torch.log_softmax(hidden @ weight.T, 1)
+    if form == "gather":
+        kept = student.gather(1, targets.token_ids)
+        tail = torch.log1p(-kept.exp().sum(1).clamp(max=1 - 1e-6))
+        head = (targets.logprobs.exp() * (targets.logprobs - kept)).sum()
+        return head + (targets.tail_logprobs.exp() * (targets.tail_logprobs - tail)).sum()
+    spread = (targets.tail_logprobs.exp() / (V - K))[:, None].expand(-1, V)
+    dense = spread.scatter(1, targets.token_ids, targets.logprobs.exp())
+    return torch.nn.functional.kl_div(student, dense, reduction="sum")
+
+
+def run(form: str, given) -> None:
+    hidden, weight, labels, targets = given
+    hidden.grad = weight.grad = None
+    loss(form, hidden, weight, labels, targets).backward()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--memory-of")
+    parser.add_argument("--size", type=int)
+    args = parser.parse_args()
+    if args.memory_of:
+        given = case(args.size)
+        print(memory.peak_growth(lambda: run(args.memory_of, given)))
+        return
+    keep_freed_memory()
+    rows: list[tuple[str, object]] = []
+    for n in SIZES:
+        given, best = case(n), dict.fromkeys(FORMS, float("inf"))
+        for _ in range(args.rounds):
+            for form in FORMS:
+                started = time.perf_counter()
+                run(form, given)
+                best[form] = min(best[form], time.perf_counter() - started)
+        peak = memory.of_forms(__file__, list(FORMS), ["--size", str(n)])
+        for form in FORMS:
+            rows.append((f"{n} positions, {form}", f"time {best[form] / best['chunked']:.2f}, peak memory {peak[form] / peak['chunked']:.1f} of chunked"
+                         f" ({peak[form] / 1e6:,.0f} MB)"))  # fmt: skip
+    assert peak["chunked"] <= peak["gather"] / 5, f"at {SIZES[-1]} positions: {peak}"
+    results_file.write("bench_loss", "P8: time and memory of the loss", rows,
+                       f"V = {V:,}, D = {D}, k = {K}, float32; best of {args.rounds}; the gradient of the head is 113 MB of the peak.\n\n")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
