@@ -121,8 +121,8 @@ class DumpOptions(Options):
             numbers = sorted({float(part) for part in value} | {1.0})
         except ValueError:
             raise ValueError("numbers separated by commas were expected, as 1,2,4") from None
-        if numbers[0] <= 0:
-            raise ValueError("temperatures are above 0")
+        if numbers[0] <= 0 or numbers[-1] > 1000 or len(numbers) > 16:
+            raise ValueError("at most 16 temperatures, above 0 and up to 1000")
         return (1.0, *(number for number in numbers if number != 1.0))
 
     @model_validator(mode="after")

@@ -117,6 +117,10 @@ def test_schemes_from_the_command_line(tmp_path, tiny_teacher, corpus_file):
     other = kdcache(*common, "--targets", "systematic", "--num-draws", 30, "--output", tmp_path / "cache")
     assert other.exit_code == 1
     assert "targets.num_draws: the cache has 25, this run asks for 30" in other.output
+    for wrong in ("0", "5000", ",".join(str(t) for t in range(1, 20)), "one"):
+        refused = kdcache(*common, "--temperatures", wrong, "--output", tmp_path / "c")
+        assert refused.exit_code == 1
+        assert "temperatures" in refused.output
     too_many = kdcache(*common, "--targets", "hybrid", "--top-k", VOCAB_SIZE, "--output", tmp_path / "c")
     assert too_many.exit_code == 1
     assert "nothing is left to draw from" in too_many.output
@@ -326,3 +330,20 @@ def test_index_by_content(caches):
             == reader.tokens(index).input_ids.tolist()
         )
     assert reader.index_of(12345) is None
+
+
+# --- torch.compile ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")  # of dynamo's own, and they differ between releases
+def test_compiled_training_equals_eager(tmp_path, caches, tiny_student):
+    """The trunk is compiled, the loss stays as it is: the same losses."""
+    losses = {}
+    for name, training in {
+        "eager": {},
+        "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+    }.items():
+        training = {"optim": "adamw_torch", "dataloader_pin_memory": False} | training
+        run(caches / "top_k", tiny_student, tmp_path / name, max_steps=3, training=training)
+        losses[name] = [r["loss"] for r in records(tmp_path / name) if "loss" in r]
+    assert losses["compiled"] == pytest.approx(losses["eager"], rel=1e-4)
