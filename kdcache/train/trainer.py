@@ -105,7 +105,8 @@ class KDTrainer(Trainer):
     @property
     def objective(self) -> Objective:
         """What counts at the step in hand."""
-        return self.recipe.at(self.state.global_step / max(self.state.max_steps, 1), self.caches)
+        progress = self.state.global_step / max(self.state.max_steps, 1)
+        return self.recipe.at(progress, [*self.caches, *self.eval_caches])
 
     def _decoders_at(self, temperature: float, *, training: bool) -> Decoders:
         key = (training, temperature)
