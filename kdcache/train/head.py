@@ -37,8 +37,9 @@ from kdcache.train.objective import (
     Targets,
 )
 
-# Elements of a chunk of logits: 64 MB of float32.
-CHUNK_ELEMENTS = 1 << 24
+# Elements of a chunk of logits: 32 MB of float32.
+CHUNK_ELEMENTS = 1 << 23
+CACHED_ROWS = 16
 FORWARD_KL, TV = forward_kl(), tv()
 
 
@@ -59,7 +60,7 @@ def kd_loss(
         labels: ``[N]`` int64, the token at the next position.
         targets: What the teacher said there; None is enough when alpha is 0.
         objective: Which loss.
-        chunk_positions: Positions whose logits may exist at a time; by default as many as make 64 MB.
+        chunk_positions: Positions whose logits may exist at a time; by default as many as make 32 MB.
     """
     if targets is None and objective.alpha != 0:
         raise ValueError("alpha above 0 needs targets")
@@ -154,6 +155,7 @@ def _run_chunks(
                 grad_weight += grad_CV.T @ hidden_CD
         if grad_bias is not None:
             grad_bias += grad_CV.sum(0)
+        del logits_CV, grad_CV  # before the next chunk's are made
     ctx.grads = (
         grad_hidden,
         None if grad_weight is None else grad_weight.to(head.weight.dtype),
@@ -230,7 +232,7 @@ def chunk_loss(
 def _labels_only(
     logits_CV: torch.Tensor, labels: torch.Tensor, ce_weight: float, with_grad: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    logz = torch.logsumexp(logits_CV, dim=1)
+    logz = _logsumexp(logits_CV)
     grad = None
     if with_grad:
         grad = logits_CV.sub_(logz[:, None]).exp_().mul_(ce_weight)
@@ -299,7 +301,7 @@ def _full_loss(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     temperature = objective.temperature
     teacher_logits = targets.head.logits(targets.hidden).to(logits_CV)
-    logz = torch.logsumexp(logits_CV, dim=1)
+    logz = _logsumexp(logits_CV)
     student_CV = torch.log_softmax(logits_CV / temperature, dim=1)
     no_tail = torch.full_like(logz, -torch.inf)
     whole = BucketTargets(
@@ -380,7 +382,10 @@ def _calibration(confidence: torch.Tensor, hit: torch.Tensor) -> torch.Tensor:
 
 
 def _logsumexp(values: torch.Tensor) -> torch.Tensor:
-    return torch.logsumexp(values, dim=1)
+    """Over each row. A few rows at a time on a CPU: the exponentials are a second buffer of the same size otherwise."""
+    if values.device.type != "cpu":
+        return torch.logsumexp(values, dim=1)
+    return torch.cat([torch.logsumexp(rows, dim=1) for rows in values.split(CACHED_ROWS)] or [values.new_empty(0)])
 
 
 def _conditional(tail_CV: torch.Tensor, tail_lse: torch.Tensor) -> torch.Tensor:
