@@ -385,7 +385,9 @@ def _logsumexp(values: torch.Tensor) -> torch.Tensor:
     """Over each row. A few rows at a time on a CPU: the exponentials are a second buffer of the same size otherwise."""
     if values.device.type != "cpu":
         return torch.logsumexp(values, dim=1)
-    return torch.cat([torch.logsumexp(rows, dim=1) for rows in torch.split(values, CACHED_ROWS)] or [values.new_empty(0)])
+    return torch.cat(
+        [torch.logsumexp(rows, dim=1) for rows in torch.split(values, CACHED_ROWS)] or [values.new_empty(0)]
+    )
 
 
 def _conditional(tail_CV: torch.Tensor, tail_lse: torch.Tensor) -> torch.Tensor:
