@@ -15,7 +15,6 @@ Refuses what its levels cannot hold (a logprob below about -200 nats).
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import numpy.typing as npt
 
+from kdcache.cache import packed
 from kdcache.cache.frames import compress, read_array
 from kdcache.errors import CacheCorruptError, ConfigError, TeacherOutputError
 from kdcache.targets import CountArray, FloatArray, SparseTargets, UIntArray, rescale_entries
@@ -33,17 +33,8 @@ Frames = Mapping[str, bytes | memoryview]
 
 # The largest logprob that rounding of float32 can give.
 MAX_LOGPROB = 1e-4
-# packed: levels of -logprob. Growth 0.3 keeps the error of a probability nearly even at T = 1 and T = 2.
-LEVEL_GROWTH = 0.3
-LEVEL_MAX_STEP = 1.0
-# packed: a tail is one byte of log-odds; 0 says that there is no tail. Steps are fine where tail and head are both large,
-# and reach far enough for a teacher that knows nothing (a few entries of 2^20 equal ones).
-TAIL_LOG_ODDS = np.concatenate([np.arange(-12, -6, 1 / 4), np.arange(-6, 3, 1 / 16), 3 + np.arange(87) / 8])
-TAIL_ERROR = 1 / 16
 # packed: logz is a float16.
 LARGEST_LOGZ = 65504
-# packed: gaps below SMALL take one byte, others a byte and a low byte, those past the escape four bytes more.
-GAP_SMALL, GAP_ESCAPE = 60, 255
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,10 +121,6 @@ class Codec:
             raise ValueError(f"targets declare temperatures {targets.temperatures}, the codec {self.temperatures}")
         self._check_storable(targets)
         arrays = _ENCODERS[self.name](self, targets)
-        if self.num_draws:
-            assert targets.counts is not None, "a scheme that draws stores how often"
-            order = _column_order(targets.num_entries) if self.name == "packed" else slice(None)
-            arrays["counts"] = np.ascontiguousarray(targets.counts[order].T.astype(self._count_dtype))
         if self.hidden_size:
             assert targets.hidden is not None, "the hidden scheme stores hidden states"
             arrays["hidden"] = float_to_bfloat16(targets.hidden) if self.hidden_dtype == "bfloat16" else targets.hidden
@@ -172,8 +159,6 @@ class Codec:
         """
         try:
             compact = _DECODERS[self.name](self, frames, num_targets, where)
-            if self.num_draws:
-                compact = dataclasses.replace(compact, counts=self._decode_counts(frames, compact.num_entries, where))
         except KeyError as error:
             raise CacheCorruptError(f"{where}: column {error} is missing") from error
         if len(compact.token_ids) and int(compact.token_ids.max()) >= self.vocab_size:
@@ -190,17 +175,6 @@ class Codec:
     def _count_dtype(self) -> type[np.uint8] | type[np.uint16]:
         return np.uint8 if self.num_draws < 256 else np.uint16
 
-    def _decode_counts(self, frames: Frames, num_entries: UIntArray, where: str) -> CountArray:
-        total, num_temperatures = int(num_entries.sum(dtype=np.int64)), len(self.temperatures)
-        stored = read_array(
-            frames["counts"], self._count_dtype, what=f"{where}, counts", count=total * num_temperatures
-        ).reshape(num_temperatures, total)
-        if int(stored.max(initial=0)) > self.num_draws:
-            raise CacheCorruptError(f"{where}: an entry drawn {stored.max()} times in {self.num_draws} draws")
-        counts = np.empty((total, num_temperatures), dtype=np.uint16)
-        counts[_column_order(num_entries) if self.name == "packed" else slice(None)] = stored.T
-        return counts
-
     def logprob_error_bound(self, logprobs: FloatArray) -> FloatArray:
         """Largest difference in nats between a stored and a true logprob, for each of ``logprobs``.
 
@@ -211,25 +185,19 @@ class Codec:
         """
         if self.name == "exact":
             return np.full_like(logprobs, 1e-5)
-        step = np.minimum(self.step * np.exp(LEVEL_GROWTH * (-logprobs + LEVEL_MAX_STEP)), LEVEL_MAX_STEP)
-        shift = 0.65 * np.minimum(self.step * (self.max_entries * np.exp(-logprobs)) ** LEVEL_GROWTH, LEVEL_MAX_STEP)
-        return np.asarray(1.5 * step + shift + TAIL_ERROR, dtype=np.float32)
+        step = np.minimum(
+            self.step * np.exp(packed.LEVEL_GROWTH * (-logprobs + packed.LEVEL_MAX_STEP)), packed.LEVEL_MAX_STEP
+        )
+        shift = 0.65 * np.minimum(
+            self.step * (self.max_entries * np.exp(-logprobs)) ** packed.LEVEL_GROWTH, packed.LEVEL_MAX_STEP
+        )
+        return np.asarray(1.5 * step + shift + packed.TAIL_ERROR, dtype=np.float32)
 
     def tables(self) -> tuple[FloatArray | None, FloatArray | None]:
         """Value table ``[256]`` and tail table ``[num_temperatures, 256]`` of this codec's compact targets, or None."""
-        return (-self._levels(), self._tail_table()) if self.name == "packed" else (None, None)
-
-    def _levels(self) -> FloatArray:
-        """``[256]``: -logprob of each level."""
-        levels = np.zeros(256)
-        for i in range(1, 256):
-            levels[i] = levels[i - 1] + min(self.step * math.exp(LEVEL_GROWTH * levels[i - 1]), LEVEL_MAX_STEP)
-        return levels.astype(np.float32)
-
-    def _tail_table(self) -> FloatArray:
-        """``[num_temperatures, 256]``: log tail mass of each code."""
-        row = np.concatenate([[-np.inf], -np.logaddexp(0, -TAIL_LOG_ODDS)]).astype(np.float32)
-        return np.tile(row, (len(self.temperatures), 1))
+        if self.name == "exact":
+            return None, None
+        return -packed.levels(self.step), packed.tail_table(len(self.temperatures))
 
     def _entropy_step(self) -> float:
         return math.log(self.vocab_size) / 255
@@ -247,7 +215,7 @@ def _encode_exact(codec: Codec, targets: SparseTargets) -> dict[str, npt.NDArray
         "logz": targets.logz,
         "label_logprobs": targets.label_logprobs,
         "entropy": targets.entropy,
-    }
+    } | _counts_column(codec, targets.counts)
 
 
 def _decode_exact(codec: Codec, frames: Frames, n: int, where: str) -> CompactTargets:
@@ -274,6 +242,7 @@ def _decode_exact(codec: Codec, frames: Frames, n: int, where: str) -> CompactTa
         label_logprobs=label_logprobs,
         entropy=entropy,
         hidden=_read_hidden(codec, frames, n, where),
+        counts=_read_counts(codec, frames, total, where),
     )
 
 
@@ -286,10 +255,10 @@ def _encode_packed(codec: Codec, targets: SparseTargets) -> dict[str, npt.NDArra
             f"codec packed holds log-normalisers up to {LARGEST_LOGZ}, found {np.abs(targets.logz).max():.0f}",
             hint="dump with --codec exact",
         )
-    order = _column_order(targets.num_entries)
-    symbols, low, escapes = _encode_gaps(_gaps(targets)[order])
-    levels, lowest = _quantise(codec, targets)
-    table = codec._levels()
+    table = packed.levels(codec.step)
+    order = packed.column_order(targets.num_entries)
+    symbols, low, escapes = packed.encode_gaps(packed.id_gaps(targets)[order])
+    levels, lowest = packed.quantise(table, targets)
     return {
         "num_entries": targets.num_entries.astype(np.uint8 if codec.max_entries < 256 else np.uint32),
         "id_symbols": symbols,
@@ -297,11 +266,11 @@ def _encode_packed(codec: Codec, targets: SparseTargets) -> dict[str, npt.NDArra
         "id_escapes": escapes,
         "levels": levels[order],
         "lowest_level": lowest,
-        "tails": _encode_tails(targets.tail_logprobs),
-        "logz": _byte_planes(targets.logz.astype(np.float16)),
-        "label_levels": _nearest(table, -targets.label_logprobs),
+        "tails": packed.encode_tails(targets.tail_logprobs),
+        "logz": packed.byte_planes(targets.logz.astype(np.float16)),
+        "label_levels": packed.nearest(table, -targets.label_logprobs),
         "entropy": np.clip(np.rint(targets.entropy / codec._entropy_step()), 0, 255).astype(np.uint8),
-    }
+    } | _counts_column(codec, None if targets.counts is None else targets.counts[order])
 
 
 def _decode_packed(codec: Codec, frames: Frames, n: int, where: str) -> CompactTargets:
@@ -310,133 +279,41 @@ def _decode_packed(codec: Codec, frames: Frames, n: int, where: str) -> CompactT
 
     num_entries = _read_num_entries(codec, frames, n, where, np.uint8 if codec.max_entries < 256 else np.uint32)
     total = int(num_entries.sum(dtype=np.int64))
-    order = _column_order(num_entries)
+    order = packed.column_order(num_entries)
     symbols = read("id_symbols", total)
-    num_escapes, num_low = int((symbols == GAP_ESCAPE).sum()), int((symbols >= GAP_SMALL).sum())
+    num_escapes, num_low = int((symbols == packed.GAP_ESCAPE).sum()), int((symbols >= packed.GAP_SMALL).sum())
     low = read("id_low", num_low - num_escapes)
     escapes = read("id_escapes", num_escapes, np.uint32)
     gaps = np.empty(total, dtype=np.int64)
-    gaps[order] = _decode_gaps(symbols, low, escapes)
+    gaps[order] = packed.decode_gaps(symbols, low, escapes)
     lowest = read("lowest_level", n)
     below = np.empty(total, dtype=np.uint8)
     below[order] = read("levels", total)
-    logz = _join_planes(read("logz", 2 * n)).astype(np.float32)
+    counts = in_order = _read_counts(codec, frames, total, where)
+    if in_order is not None:
+        counts = np.empty_like(in_order)
+        counts[order] = in_order
+    logz = packed.join_planes(read("logz", 2 * n)).astype(np.float32)
     if not np.isfinite(logz).all():
         raise CacheCorruptError(f"{where}, logz: a log-normaliser that is not finite")
     ceiling = np.repeat(lowest, num_entries)
     if (below > ceiling).any():
         raise CacheCorruptError(f"{where}, levels: a level below zero")
     num_temperatures = len(codec.temperatures)
-    table = codec._levels()
+    table = packed.levels(codec.step)
     return CompactTargets(
         num_entries=num_entries,
-        token_ids=_ids_from_gaps(gaps, num_entries, where),
+        token_ids=packed.ids_from_gaps(gaps, num_entries, where),
         values=ceiling - below,
         value_table=-table,
         tails=read("tails", n * num_temperatures).reshape(num_temperatures, n).T,
-        tail_table=codec._tail_table(),
+        tail_table=packed.tail_table(num_temperatures),
         logz=logz,
         label_logprobs=-table[read("label_levels", n)],
         entropy=(read("entropy", n) * codec._entropy_step()).astype(np.float32),
         hidden=_read_hidden(codec, frames, n, where),
+        counts=counts,
     )
-
-
-def _column_order(num_entries: UIntArray) -> npt.NDArray[np.int64]:
-    """Entry indices by rank inside the position first, then by position: neighbours in a frame then look alike.
-
-    Positions are taken by falling number of entries, so that the entries of one rank are a prefix of them.
-    """
-    counts = num_entries.astype(np.int64)
-    offsets = np.cumsum(counts) - counts
-    by_count = np.argsort(-counts, kind="stable")
-    ranks = np.arange(counts.max(initial=0))[:, None]
-    grid = offsets[by_count] + ranks
-    return grid[ranks < counts[by_count]]
-
-
-def _gaps(targets: SparseTargets) -> npt.NDArray[np.int64]:
-    """``id - previous id - 1`` inside a position; the first entry of a position counts from -1."""
-    ids = targets.token_ids.astype(np.int64)
-    gaps = np.diff(ids, prepend=-1) - 1
-    starts = targets.offsets[:-1][targets.num_entries > 0]
-    gaps[starts] = ids[starts]
-    assert (gaps >= 0).all(), "token ids ascend inside a position"
-    return gaps
-
-
-def _ids_from_gaps(gaps: npt.NDArray[np.int64], num_entries: UIntArray, where: str) -> UIntArray:
-    running = np.cumsum(gaps + 1)
-    counts = num_entries[num_entries > 0].astype(np.int64)
-    starts = np.cumsum(counts) - counts
-    before = running[starts] - (gaps[starts] + 1)
-    ids = running - np.repeat(before, counts) - 1
-    if len(ids) and int(ids.max()) > np.iinfo(np.uint32).max:
-        raise CacheCorruptError(f"{where}, id_symbols: token ids past 2^32")
-    return np.asarray(ids, dtype=np.uint32)
-
-
-def _encode_gaps(gaps: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8], UIntArray]:
-    rest = gaps - GAP_SMALL
-    high = rest >> 8
-    escaped = high >= GAP_ESCAPE - GAP_SMALL
-    two_bytes = (rest >= 0) & ~escaped
-    symbols = np.where(rest < 0, gaps, np.where(escaped, GAP_ESCAPE, GAP_SMALL + high)).astype(np.uint8)
-    return symbols, (rest[two_bytes] & 255).astype(np.uint8), gaps[escaped].astype(np.uint32)
-
-
-def _decode_gaps(
-    symbols: npt.NDArray[np.uint8], low: npt.NDArray[np.uint8], escapes: UIntArray
-) -> npt.NDArray[np.int64]:
-    gaps = symbols.astype(np.int64)
-    escaped = symbols == GAP_ESCAPE
-    two_bytes = (symbols >= GAP_SMALL) & ~escaped
-    gaps[two_bytes] = GAP_SMALL + ((gaps[two_bytes] - GAP_SMALL) << 8) + low
-    gaps[escaped] = escapes
-    return gaps
-
-
-def _nearest(levels: npt.NDArray[np.floating], values: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
-    middles = (levels[1:] + levels[:-1]) / 2
-    return np.searchsorted(middles, values).astype(np.uint8)
-
-
-def _quantise(codec: Codec, targets: SparseTargets) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-    """Levels counted down from each position's lowest probability, and that lowest level."""
-    table = codec._levels()
-    if len(targets.logprobs) and float(targets.logprobs.min()) < -table[-1]:
-        raise ConfigError(
-            f"codec packed holds logprobs down to {-table[-1]:.0f} nats, found {targets.logprobs.min():.1f}",
-            hint="dump with --codec exact",
-        )
-    level = _nearest(table, -targets.logprobs).astype(np.int64)
-    counts = targets.num_entries[targets.num_entries > 0].astype(np.int64)
-    starts = np.cumsum(counts) - counts
-    lowest = np.zeros(len(targets), dtype=np.uint8)
-    if len(counts):
-        # Ties with the first choice step aside, so that argmax survives the round trip.
-        best = np.repeat(np.maximum.reduceat(targets.logprobs, starts), counts)
-        best_level = np.repeat(np.minimum.reduceat(level, starts), counts)
-        level += (level == best_level) & (targets.logprobs < best)
-        level = np.minimum(level, 255)
-        lowest[targets.num_entries > 0] = np.maximum.reduceat(level, starts)
-    return (np.repeat(lowest, targets.num_entries) - level).astype(np.uint8), lowest
-
-
-def _encode_tails(tail_logprobs: FloatArray) -> npt.NDArray[np.uint8]:
-    """``[num_temperatures, N]``, temperature by temperature."""
-    tail = np.minimum(tail_logprobs.T.astype(np.float64), -1e-12)
-    with np.errstate(divide="ignore"):
-        log_odds = tail - np.log(-np.expm1(tail))
-    return np.where(np.isneginf(tail_logprobs.T), 0, _nearest(TAIL_LOG_ODDS, log_odds) + 1).astype(np.uint8)
-
-
-def _byte_planes(array: npt.NDArray[np.float16]) -> npt.NDArray[np.uint8]:
-    return np.ascontiguousarray(array.view(np.uint8).reshape(-1, 2).T).ravel()
-
-
-def _join_planes(planes: npt.NDArray[np.uint8]) -> npt.NDArray[np.float16]:
-    return np.ascontiguousarray(planes.reshape(2, -1).T).view(np.float16).ravel()
 
 
 # --- shared -----------------------------------------------------------------------------------------------------------
@@ -453,6 +330,22 @@ def _read_num_entries(codec: Codec, frames: Frames, n: int, where: str, dtype: n
             f"{where}: {num_entries.max()} entries at a position, the plan allows {codec.max_entries}"
         )
     return num_entries
+
+
+def _counts_column(codec: Codec, counts: CountArray | None) -> dict[str, npt.NDArray[Any]]:
+    """Draws by temperature and entry, for schemes that draw."""
+    return {} if counts is None else {"counts": np.ascontiguousarray(counts.T.astype(codec._count_dtype))}
+
+
+def _read_counts(codec: Codec, frames: Frames, total: int, where: str) -> CountArray | None:
+    """``[E, num_temperatures]``, entries in the order of the column."""
+    if not codec.num_draws:
+        return None
+    count = total * len(codec.temperatures)
+    stored = read_array(frames["counts"], codec._count_dtype, what=f"{where}, counts", count=count)
+    if int(stored.max(initial=0)) > codec.num_draws:
+        raise CacheCorruptError(f"{where}: an entry drawn {stored.max()} times in {codec.num_draws} draws")
+    return stored.reshape(len(codec.temperatures), total).T.astype(np.uint16)
 
 
 def _read_hidden(codec: Codec, frames: Frames, n: int, where: str) -> FloatArray | npt.NDArray[np.uint16] | None:

@@ -3,8 +3,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from kdcache.cache.codec import GAP_ESCAPE, Codec, bfloat16_to_float, float_to_bfloat16
+from kdcache.cache.codec import Codec, bfloat16_to_float, float_to_bfloat16
 from kdcache.cache.frames import compress
+from kdcache.cache.packed import GAP_ESCAPE
 from kdcache.errors import CacheCorruptError, ConfigError, TeacherOutputError
 from tests.strategies import log_softmax, targets_from_logits, zipf_logits
 
