@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from kdcache.errors import ConfigError
 
@@ -50,22 +50,25 @@ def parse_weighted(value: Any) -> Any:
     if not isinstance(value, list | tuple):
         return value
     out: dict[str, float] = {}
-    for part in value:
-        path, colon, weight = str(part).rpartition(":")
+    for part in map(str, value):
+        path, colon, weight = part.rpartition(":")
         try:
-            number = float(weight) if colon else 1.0
+            path, number = (path, float(weight)) if colon and path else (part, 1.0)
         except ValueError:  # the colon belongs to the path, as in s3://bucket
-            path, number = str(part), 1.0
-        path = path if colon and path else str(part)
+            path, number = part, 1.0
         if path in out:
             raise ValueError(f"{path} is named twice")
         out[path] = number
-    if not all(0 < number < float("inf") for number in out.values()):
-        raise ValueError("weights are above 0")
     return out
 
 
-WeightedPaths = Annotated[dict[str, float], BeforeValidator(parse_weighted)]
+def _check_weights(weights: dict[str, float]) -> dict[str, float]:
+    if not all(0 < weight < float("inf") for weight in weights.values()):
+        raise ValueError("weights are above 0")
+    return weights
+
+
+WeightedPaths = Annotated[dict[str, float], BeforeValidator(parse_weighted), AfterValidator(_check_weights)]
 
 
 def resolve_options(kind: type[OptionsT], command: str, flags: Mapping[str, Any], config: str | None) -> OptionsT:

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from kdcache.targets import Estimator
+
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 Positive = Annotated[int, Field(gt=0, lt=1 << 62)]
@@ -69,6 +71,7 @@ class CorpusSpec(Record):
 
 
 Scheme = Literal["top_k", "top_p", "sampled", "systematic", "hybrid", "hidden"]
+DRAWN = ("sampled", "systematic", "hybrid")
 
 
 class TargetSpec(Record):
@@ -101,12 +104,14 @@ class TargetSpec(Record):
         return self
 
     @property
+    def estimator(self) -> Estimator:
+        """What the targets claim to be, see :mod:`kdcache.targets`."""
+        return "draws" if self.num_draws else "buckets"
+
+    @property
     def max_entries(self) -> int:
         """Most entries that a position can have."""
         return self.k + self.num_draws * len(self.temperatures)
-
-
-DRAWN = ("sampled", "systematic", "hybrid")
 
 
 class CodecSpec(Record):

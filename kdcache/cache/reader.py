@@ -16,9 +16,9 @@ import numpy as np
 
 from kdcache.cache.codec import CompactTargets
 from kdcache.cache.commit import current_manifest, shard_name, table_name
-from kdcache.cache.shard import ShardReader, digest
+from kdcache.cache.shard import ShardReader, content_hash, digest
 from kdcache.cache.store import LocalStore
-from kdcache.errors import CacheCorruptError, CacheIncompleteError, CacheNotFoundError, StoreError
+from kdcache.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, CacheNotFoundError, StoreError
 from kdcache.targets import SparseTargets, TokenSequence
 
 MAX_OPEN_SHARDS = 64
@@ -107,6 +107,21 @@ class CacheReader:
         if self._by_content is None:
             self._by_content = {h: index for index, h in enumerate(self.content_hashes())}
         return self._by_content.get(content_hash)
+
+    def find(self, sequence: TokenSequence, role: str) -> int:
+        """Where the same sequence is, whatever order the caches have. ``role`` says in messages which cache this is.
+
+        Raises:
+            CacheMismatchError: It is not here.
+        """
+        index = self.index_of(content_hash(sequence))
+        if index is None:
+            raise CacheMismatchError(
+                f"{self.store}: a sequence of {len(sequence)} tokens (content hash {content_hash(sequence):016x}) is not in the "
+                f"cache {role}",
+                hint="caches of several teachers are made from the same dataset with the same --seq-len and packing",
+            )
+        return index
 
     def tokens(self, index: int) -> TokenSequence:
         """Only the tokens of a sequence."""

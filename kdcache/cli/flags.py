@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import click
 from pydantic.fields import FieldInfo
 
-from kdcache.config import Options
+from kdcache.config import Options, WeightedPaths
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
@@ -45,15 +45,19 @@ def _flag(name: str, field: FieldInfo) -> Callable[[CommandT], CommandT]:
         return click.option(f"--{label}/--no-{label}", _safe(key), default=None, help=text)
     if get_origin(kind) is Literal:
         return click.option(f"--{label}", _safe(key), type=click.Choice(get_args(kind)), default=None, help=text)
-    if kind is dict and float in get_args(field.annotation):
-        as_list = lambda ctx, param, value: list(value) or None  # noqa: E731 - click's signature
+    if field.annotation == get_args(WeightedPaths)[0]:
         return click.option(
-            f"--{label}", _safe(key), multiple=True, metavar="CACHE[:WEIGHT]", callback=as_list, help=text
+            f"--{label}", _safe(key), multiple=True, metavar="CACHE[:WEIGHT]", callback=_as_list, help=text
         )
     if kind is dict:
         return click.option(f"--{label}", _safe(key), multiple=True, metavar="FIELD=VALUE", help=text)
     click_type = {int: click.INT, float: click.FLOAT}.get(kind, click.STRING)
     return click.option(f"--{label}", _safe(key), type=click_type, default=None, help=text)
+
+
+def _as_list(ctx: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> list[str] | None:
+    """Not ``field=value`` pairs, which come as a tuple; None where the flag was not given."""
+    return list(value) or None
 
 
 def given(flags: dict[str, Any]) -> dict[str, Any]:

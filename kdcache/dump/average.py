@@ -8,13 +8,13 @@ a weighted sum of losses at training time.)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kdcache.cache.reader import CacheReader, open_cache
-from kdcache.cache.shard import content_hash
 from kdcache.errors import CacheMismatchError
 from kdcache.heads import OutputHead
 from kdcache.specs import AveragedSpec, TokenizerSpec
@@ -33,13 +33,11 @@ class Averaged:
         reader: Its ``hidden`` cache.
         head: Its output head, over the cache's vocabulary.
         weight: Of its logits.
-        own_weight: Of the teacher that is running.
     """
 
     reader: CacheReader
     head: OutputHead
     weight: float
-    own_weight: float
 
     def hidden(self, batch: list[TokenSequence]) -> torch.Tensor:
         """Hidden states ``[N, D]`` of the positions with targets, found by the content of the sequences.
@@ -49,24 +47,26 @@ class Averaged:
         """
         import torch
 
-        parts = []
-        for sequence in batch:
-            index = self.reader.index_of(content_hash(sequence))
-            if index is None:
-                raise CacheMismatchError(
-                    f"{self.reader.store}: a sequence of this corpus ({len(sequence)} tokens, content hash "
-                    f"{content_hash(sequence):016x}) is not in the cache whose logits are to be averaged in",
-                    hint="dump both teachers over the same dataset with the same --seq-len and packing",
-                )
-            hidden = self.reader[index].targets.hidden
-            assert hidden is not None, "a hidden cache holds hidden states"
-            parts.append(hidden)
-        return torch.from_numpy(np.concatenate(parts)).to(self.head.weight.device)
+        found = [self.reader.find(sequence, "whose logits are to be averaged in") for sequence in batch]
+        parts = [self.reader[index].targets.hidden for index in found]
+        hidden = np.concatenate([part for part in parts if part is not None])
+        return torch.from_numpy(hidden).to(self.head.weight.device)
 
-    def add_to(self, logits_CV: torch.Tensor, hidden_CD: torch.Tensor, *, first: bool) -> torch.Tensor:
-        """Weighted logits so far plus this teacher's; the running teacher's own are weighted by the first."""
-        own = logits_CV.float() * self.own_weight if first else logits_CV
-        return own + self.weight * self.head.logits(hidden_CD)[:, : own.shape[1]]
+
+def average_logits(own_CV: torch.Tensor, averaged: Sequence[Averaged], hidden: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Weighted sum of logits ``[C, V]``: the running teacher's, with what the others leave of the weight, and theirs.
+
+    Args:
+        own_CV: Of the running teacher; given back as it is where nobody is averaged in.
+        averaged: The other teachers.
+        hidden: ``[C, D]`` of each.
+    """
+    if not averaged:
+        return own_CV
+    total = own_CV.float() * (1.0 - sum(one.weight for one in averaged))
+    for one, hidden_CD in zip(averaged, hidden, strict=True):
+        total += one.weight * one.head.logits(hidden_CD)
+    return total
 
 
 def describe_averaged(caches: dict[str, float], tokenizer: TokenizerSpec) -> tuple[AveragedSpec, ...]:
@@ -93,10 +93,8 @@ def describe_averaged(caches: dict[str, float], tokenizer: TokenizerSpec) -> tup
 
 def open_averaged(caches: dict[str, float], vocab_size: int, device: str) -> list[Averaged]:
     """The other teachers, their heads on the device of this one."""
-    own_weight = 1.0 - sum(caches.values())
     opened = []
     for path, weight in caches.items():
         reader = open_cache(path)
-        head = OutputHead.from_bytes(reader.head_bytes()).first(vocab_size).to(device)
-        opened.append(Averaged(reader, head, weight, own_weight))
+        opened.append(Averaged(reader, OutputHead.from_bytes(reader.head_bytes()).first(vocab_size).to(device), weight))
     return opened

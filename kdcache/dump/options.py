@@ -129,8 +129,8 @@ class DumpOptions(Options):
     def _averages(self) -> Self:
         if self.average and self.targets == "hidden":
             raise ValueError("hidden states of two teachers cannot be averaged; --average needs another --targets")
-        if any(weight <= 0 for weight in self.average.values()) or sum(self.average.values()) >= 1:
-            raise ValueError("weights of --average are above 0 and together below 1: the rest is this teacher's")
+        if sum(self.average.values()) >= 1:
+            raise ValueError("weights of --average are together below 1: the rest is this teacher's")
         return self
 
     def target_spec(self, vocab_size: int) -> TargetSpec:

@@ -69,8 +69,7 @@ class Recipe:
         """What counts when ``progress`` of the run is done. A temperature on its way takes the nearest declared one."""
         alpha = self.alpha.at(progress) if self.uses_teacher else 0.0
         temperature = self.temperature.at(progress)
-        declared = declared_temperatures(caches)
-        if declared is not None and not self.temperature.is_constant:
+        if not self.temperature.is_constant and (declared := declared_temperatures(caches)):
             temperature = min(declared, key=lambda one: abs(math.log(one / temperature)))
         divergence, on_student_text, balance = self._divergences(progress)
         if on_student_text is None:
@@ -123,10 +122,9 @@ class Recipe:
             return
         if self.temperature.is_constant:
             temperature_index(reader.temperatures, self.temperature.values[0])
-        estimator = "draws" if reader.spec.targets.num_draws else "buckets"
         for divergence in self._divergences(0.0)[:2]:
             if divergence is not None:
-                check_estimator(divergence, "draws" if estimator == "draws" else "buckets", str(reader.store))
+                check_estimator(divergence, reader.spec.targets.estimator, str(reader.store))
 
     def _divergences(self, progress: float) -> tuple[Divergence, Divergence | None, float]:
         """On the teacher's text (or any text), on the student's, and the balance of the two."""

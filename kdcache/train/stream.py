@@ -21,8 +21,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kdcache.cache.codec import CompactTargets
 from kdcache.cache.reader import CacheReader
-from kdcache.cache.shard import content_hash
-from kdcache.errors import CacheMismatchError
 from kdcache.heads import OutputHead
 from kdcache.targets import TokenSequence, temperature_index
 from kdcache.train.objective import BucketTargets, FullTargets, MixedTargets, Targets
@@ -63,6 +61,17 @@ class CacheDataset(Dataset[Item]):
     student_text: CacheReader | None = None
     with_targets: bool = True
 
+    @staticmethod
+    def of(
+        caches: Sequence[tuple[CacheReader, float]],
+        student_text: CacheReader | None = None,
+        *,
+        with_targets: bool = True,
+    ) -> CacheDataset:
+        """The sequences of several teachers' caches; their weights belong to the loss."""
+        first, *others = (reader for reader, _ in caches)
+        return CacheDataset(first, tuple(others), student_text, with_targets)
+
     def __len__(self) -> int:
         return len(self.reader) + (0 if self.student_text is None else len(self.student_text))
 
@@ -82,24 +91,8 @@ class CacheDataset(Dataset[Item]):
         if not (self.with_targets and counts):
             return Item(reader.tokens(index), (), counts, from_student)
         sequence, targets = reader.compact(index)
-        more = tuple(find_compact(other, sequence) for other in others)
+        more = tuple(other.compact(other.find(sequence, "of another teacher"))[1] for other in others)
         return Item(sequence, (targets, *more), True, from_student)
-
-
-def find_compact(reader: CacheReader, sequence: TokenSequence) -> CompactTargets:
-    """What another teacher's cache says about the same sequence.
-
-    Raises:
-        CacheMismatchError: It does not hold the sequence.
-    """
-    index = reader.index_of(content_hash(sequence))
-    if index is None:
-        raise CacheMismatchError(
-            f"{reader.store}: holds no sequence with content hash {content_hash(sequence):016x} ({len(sequence)} tokens), which "
-            "the first cache has",
-            hint="caches of several teachers are made from the same dataset with the same --seq-len and packing",
-        )
-    return reader.compact(index)[1]
 
 
 def epoch_order(num_sequences: int, fingerprint: str, seed: int, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -289,27 +282,30 @@ class TargetDecoder:
             scores_NK = scores_NK.masked_fill(~columns["used"], -torch.inf)
         log_head = torch.log(-torch.expm1(tail_N))
         logprobs_NK = torch.log_softmax(scores_NK, dim=1) + log_head[:, None]
-        return BucketTargets(
-            token_ids=columns["token_ids"].long(),
-            logprobs=logprobs_NK,
-            tail_logprobs=tail_N,
-            ratios=self._ratios(columns, logprobs_NK, tail_N) if "counts" in columns else None,
-        )
+        ratios_NK = None
+        if "counts" in columns:
+            counts_NKT = columns["counts"].int() & 0xFFFF  # uint16 travels as int16
+            ratios_NK = draw_ratios(counts_NKT, self.temperature_column, logprobs_NK, tail_N)
+        return BucketTargets(columns["token_ids"].long(), logprobs_NK, tail_N, ratios_NK)
 
-    def _ratios(
-        self, columns: dict[str, torch.Tensor], logprobs_NK: torch.Tensor, tail_N: torch.Tensor
-    ) -> torch.Tensor:
-        """``tau / t``, the torch twin of ``SparseTargets.weights_at`` over the probabilities."""
-        counts = columns["counts"].int() & 0xFFFF  # uint16 travels as int16
-        drawn_NK, counts_NK = counts.any(dim=2), counts[:, :, self.temperature_column].float()
-        used_NK = logprobs_NK > -torch.inf
-        if "used" in columns:
-            counts_NK = counts_NK.masked_fill(~columns["used"], 0.0)
-        probabilities = logprobs_NK.exp()
-        rest_N = tail_N.exp() + torch.where(drawn_NK, probabilities, 0.0).sum(1)
-        share_N = rest_N / counts_NK.sum(1).clamp(min=1)
-        ratios = counts_NK * share_N[:, None] / probabilities.clamp(min=torch.finfo(torch.float32).tiny)
-        return torch.where(used_NK, torch.where(drawn_NK, ratios, 1.0), 0.0)
+
+def draw_ratios(counts_NKT: torch.Tensor, column: int, logprobs_NK: torch.Tensor, tail_N: torch.Tensor) -> torch.Tensor:
+    """``tau / t`` of entries at one temperature, the torch twin of ``SparseTargets.weights_at`` over the probabilities.
+
+    Args:
+        counts_NKT: ``[N, K, num_temperatures]``, draws; what stands in unused slots is not looked at.
+        column: Where the temperature stands.
+        logprobs_NK: ``[N, K]`` at that temperature, ``-inf`` in unused slots.
+        tail_N: ``[N]`` log tail mass at that temperature.
+    """
+    used_NK = logprobs_NK > -torch.inf
+    drawn_NK = counts_NKT.any(dim=2) & used_NK
+    counts_NK = torch.where(used_NK, counts_NKT[:, :, column], 0).float()
+    probabilities = logprobs_NK.exp()
+    rest_N = tail_N.exp() + torch.where(drawn_NK, probabilities, 0.0).sum(1)
+    share_N = rest_N / counts_NK.sum(1).clamp(min=1)
+    ratios = counts_NK * share_N[:, None] / probabilities.clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.where(drawn_NK, ratios, used_NK.float())
 
 
 def decode_all(decoders: Sequence[tuple[float, TargetDecoder]], batch: dict[str, torch.Tensor]) -> Targets | None:

@@ -79,7 +79,6 @@ class KDTrainer(Trainer):
         self.recipe = Recipe.of(alpha, temperature, loss, loss_args)
         self.caches = weighted(cache)
         self.eval_caches = [] if eval_cache is None else weighted(eval_cache)
-        self.student_cache = student_cache
         self.recipe.check(self.caches, self.eval_caches, student_cache)
         args.remove_unused_columns = False  # the columns are tensors that the model's own forward does not know
         args._n_gpu = min(
@@ -89,8 +88,8 @@ class KDTrainer(Trainer):
             model=model,
             args=args,
             data_collator=collate,
-            train_dataset=self._dataset(self.caches, student_cache, with_targets=self.recipe.uses_teacher),
-            eval_dataset=self._dataset(self.eval_caches) if self.eval_caches else None,
+            train_dataset=CacheDataset.of(self.caches, student_cache, with_targets=self.recipe.uses_teacher),
+            eval_dataset=CacheDataset.of(self.eval_caches) if self.eval_caches else None,
             processing_class=processing_class,
             **kwargs,
         )
@@ -116,24 +115,16 @@ class KDTrainer(Trainer):
             self._decoders[key] = [(w, TargetDecoder.for_cache(reader, temperature, device)) for reader, w in caches]
         return self._decoders[key]
 
-    @staticmethod
-    def _dataset(
-        caches: list[tuple[CacheReader, float]], student_text: CacheReader | None = None, *, with_targets: bool = True
-    ) -> CacheDataset:
-        first, *others = (reader for reader, _ in caches)
-        return CacheDataset(first, tuple(others), student_text, with_targets)
-
     # --- what a step sees ---
 
     def get_train_dataloader(self) -> KDLoader:
         """This rank's micro-batches."""
-        dataset = self._dataset(self.caches, self.student_cache, with_targets=self.recipe.uses_teacher)
-        return self._loader(dataset, training=True)
+        return self._loader(self.train_dataset, training=True)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> KDLoader:
         """This rank's part of the held-out cache, in order."""
         assert self.eval_caches, "evaluation needs an eval_cache"
-        return self._loader(self._dataset(self.eval_caches), training=False)
+        return self._loader(self.eval_dataset, training=False)
 
     def _loader(self, dataset: CacheDataset, *, training: bool) -> KDLoader:
         args = self.args

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from kdcache.dump.average import Averaged
+from kdcache.dump.average import Averaged, average_logits
 from kdcache.dump.draw import position_uniforms
 from kdcache.dump.select import Selected, select
 from kdcache.errors import ModelError, TeacherOutputError
@@ -116,9 +116,7 @@ class TransformersEngine:
         chunks = []
         for start in range(0, len(given_NX), self.chunk_positions):
             rows = slice(start, start + self.chunk_positions)
-            logits_CV = to_logits(given_NX[rows])
-            for averaged, hidden_ND in zip(self.averaged, others, strict=True):
-                logits_CV = averaged.add_to(logits_CV, hidden_ND[rows], first=averaged is self.averaged[0])
+            logits_CV = average_logits(to_logits(given_NX[rows]), self.averaged, [other[rows] for other in others])
             chunk_uniforms = None if uniforms is None else uniforms[rows]
             chunks.append(select(logits_CV, labels_N[rows], self.targets, chunk_uniforms))
         keep_hidden = self.targets.scheme == "hidden"
