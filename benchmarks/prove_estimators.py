@@ -22,6 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import results_file
+from benchmarks.renormalised import renormalised
 from kdcache.corpus import load_rows
 from kdcache.dump.draw import position_uniforms
 from kdcache.dump.select import Selected, select
@@ -29,18 +30,12 @@ from kdcache.heads import head_of, hidden_states
 from kdcache.models import find_model, load_model, load_tokenizer
 from kdcache.specs import DRAWN, TargetSpec
 from kdcache.train.head import chunk_loss
-from kdcache.train.losses import Divergence
 from kdcache.train.objective import BucketTargets, Objective
+from kdcache.train.stream import draw_ratios
 
 LENGTH, CHUNK = 256, 256
 # 24 of 30 layers, evenly spread.
 LAYERS_LEFT_OUT = tuple(sorted(set(range(30)) - {round(i * 29 / 23) for i in range(24)}))
-
-
-def renormalised(log_t, log_t_tail, log_p, log_p_tail):
-    """Top-k probabilities divided by their sum, the rest forgotten: what widely copied recipes do."""
-    log_t = torch.log_softmax(log_t, dim=-1)
-    return (log_t.exp() * (log_t - log_p)).sum(-1)
 
 
 SCHEMES = {
@@ -79,15 +74,10 @@ def as_targets(selected: Selected) -> tuple[BucketTargets, torch.Tensor]:
     """Targets of the kernel at T = 1, and the weights ``tau`` of the entries."""
     used = torch.arange(selected.token_ids.shape[1]) < selected.num_entries[:, None]
     logprobs = selected.logprobs.masked_fill(~used, -torch.inf)
-    t = logprobs.exp()
-    if selected.counts is None:
-        return BucketTargets(selected.token_ids, logprobs, selected.tail_logprobs[:, 0]), t
-    counts = selected.counts[:, :, 0].float()
-    drawn = selected.counts.any(2)
-    rest = selected.tail_logprobs[:, 0].exp() + (t * drawn).sum(1)
-    weights = torch.where(drawn, counts * (rest / counts.sum(1).clamp(min=1))[:, None], t)
-    ratios = torch.where(used, weights / t.clamp(min=1e-38), 0.0)
-    return BucketTargets(selected.token_ids, logprobs, selected.tail_logprobs[:, 0], ratios), weights
+    tail = selected.tail_logprobs[:, 0]
+    ratios = None if selected.counts is None else draw_ratios(selected.counts, 0, logprobs, tail)
+    weights = logprobs.exp() if ratios is None else logprobs.exp() * ratios
+    return BucketTargets(selected.token_ids, logprobs, tail, ratios), weights
 
 
 def measure(name, teacher, student, labels, head):
@@ -95,7 +85,7 @@ def measure(name, teacher, student, labels, head):
     spec, custom = (
         SCHEMES[name] if name != "full" else (TargetSpec(scheme="top_k", k=49_152, temperatures=(1.0,)), None)
     )
-    objective = Objective(1.0) if custom is None else Objective(1.0, 1.0, Divergence("renormalised", custom))
+    objective = Objective(1.0) if custom is None else Objective(1.0, 1.0, custom())
     gradient = torch.zeros(teacher.shape[1], student.shape[1], dtype=torch.float64)
     error, entries = 0.0, 0
     for number, start in enumerate(range(0, len(labels), CHUNK)):

@@ -70,21 +70,15 @@ def one_student(
     import torch
 
     torch.set_num_threads(1)
+    from benchmarks.renormalised import renormalised
     from kdcache.cache.reader import open_cache
     from kdcache.evaluate.metrics import TeacherStates, evaluate_model
-    from kdcache.train import losses
+    from kdcache.train.losses import LOSSES
     from kdcache.train.options import InitOptions, TrainOptions
     from kdcache.train.run import train
     from kdcache.train.student import init_student
 
-    def renormalised() -> losses.Divergence:
-        def on_buckets(log_t, log_t_tail, log_p, log_p_tail):
-            log_t = torch.log_softmax(log_t, dim=-1)
-            return (log_t.exp() * (log_t - log_p)).sum(-1)
-
-        return losses.Divergence("renormalised", on_buckets)
-
-    losses.LOSSES["renormalised"] = renormalised
+    LOSSES["renormalised"] = renormalised
     cache, loss, alpha, temperature = scheme
     here = root / f"{name}-{seed}".replace(" ", "").replace(",", "-")
     init_student(

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kdcache.errors import ModelError, TeacherOutputError
+from kdcache.errors import CacheCorruptError, ModelError, TeacherOutputError
 
 if TYPE_CHECKING:
     import torch
@@ -78,13 +78,38 @@ class OutputHead:
 
     @staticmethod
     def from_bytes(data: bytes) -> OutputHead:
-        """Undo :meth:`to_bytes`."""
+        """Undo :meth:`to_bytes`. The format holds tensors and no code, so bytes from strangers can be read.
+
+        Raises:
+            CacheCorruptError: Not such a file, or its tensors are not those of a head.
+        """
+        import safetensors
         import safetensors.torch
 
-        tensors = safetensors.torch.load(data)
+        try:
+            tensors = safetensors.torch.load(data)
+        except safetensors.SafetensorError as error:
+            raise CacheCorruptError(f"output head: not a safetensors file ({error})") from error
+        weight = tensors.get("weight")
+        rows = weight.shape[0] if weight is not None and weight.ndim == 2 and weight.is_floating_point() else None
+        expected = {"weight": None, "bias": (rows,), "scale": (1,), "softcap": (1,)}
+        fits = all(
+            shape is None or name not in tensors or tensors[name].shape == shape for name, shape in expected.items()
+        )
+        if (
+            weight is None
+            or rows is None
+            or "scale" not in tensors
+            or not fits
+            or not tensors.keys() <= expected.keys()
+        ):
+            found = {name: tuple(tensor.shape) for name, tensor in sorted(tensors.items())}
+            raise CacheCorruptError(
+                f"output head: weight [V, D], scale, perhaps bias [V] and softcap were expected, found {found}"
+            )
         softcap = tensors.get("softcap")
         return OutputHead(
-            tensors["weight"], tensors.get("bias"), float(tensors["scale"]), None if softcap is None else float(softcap)
+            weight, tensors.get("bias"), float(tensors["scale"]), None if softcap is None else float(softcap)
         )
 
 
@@ -117,6 +142,10 @@ def gather_head(head: OutputHead) -> OutputHead:
 
     Heads that are whole already are given back as they are: FSDP gathers what belongs to the module whose forward runs.
     """
+    import torch
+
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return head
     from torch.distributed.tensor import DTensor, Partial
 
     def whole(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from kdcache.cache.reader import CacheReader
+from kdcache.calibration import NUM_BINS, calibration_error, calibration_sums, overconfidence
 from kdcache.heads import OutputHead, check_packing, head_of, hidden_states, split_is_exact
 from kdcache.models import check_student, find_model, load_model, load_tokenizer
 from kdcache.targets import TokenSequence
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHUNK_ELEMENTS = 1 << 24
-NUM_BINS = 15
 
 
 @dataclass(slots=True)
@@ -183,9 +183,7 @@ def _evaluate(
     names = ("cross_entropy", "forward_kl", "reverse_kl", "top1_agreement", "accuracy", "acceptance_rate")
     for name, value in zip(names, (sums / max(metrics.num_targets, 1)).tolist(), strict=True):
         setattr(metrics, name, value)
-    gaps = bins[:, 1] - bins[:, 2]
-    metrics.calibration_error = float(gaps.abs().sum() / max(metrics.num_targets, 1))
-    metrics.overconfidence = float(gaps.sum() / max(metrics.num_targets, 1))
+    metrics.calibration_error, metrics.overconfidence = calibration_error(bins), overconfidence(bins)
     metrics.seconds = time.monotonic() - started
     return metrics
 
@@ -196,8 +194,8 @@ def position_sums(
     """Sums over ``[N, V]`` logprobs.
 
     Returns:
-        ``[6]``: cross-entropy, forward KL, reverse KL, agreement, accuracy, acceptance; and ``[NUM_BINS, 3]``: by bin of the
-        model's confidence in its first choice, positions, confidence and hits.
+        ``[6]``: cross-entropy, forward KL, reverse KL, agreement, accuracy, acceptance; and the
+        ``calibration_sums`` of the model's first choices.
     """
     top, first_choice = model.max(1)
     teacher_p, model_p = teacher.exp(), model.exp()
@@ -212,8 +210,4 @@ def position_sums(
             torch.minimum(teacher_p, model_p).sum(),
         ]
     )
-    confidence = top.exp()
-    rows = torch.stack([torch.ones_like(confidence), confidence, hit.to(confidence)], dim=1)
-    which = (confidence * NUM_BINS).long().clamp(0, NUM_BINS - 1)
-    bins = confidence.new_zeros(NUM_BINS, 3).index_add_(0, which, rows)
-    return sums.double().cpu(), bins.double().cpu()
+    return sums.double().cpu(), calibration_sums(top.exp(), hit).double().cpu()

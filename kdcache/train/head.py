@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
+from kdcache.calibration import calibration_sums
 from kdcache.heads import OutputHead
 from kdcache.train.losses import Divergence, forward_kl, tv
 from kdcache.train.objective import (
-    CALIBRATION_BINS,
     NUM_SUMS,
     PARTS,
     BucketTargets,
@@ -225,8 +225,8 @@ def chunk_loss(
     assert logz is not None
     cross_entropy = (logz - label_logits).sum()
     loss = objective.weight * ((1 - alpha) * cross_entropy + alpha * objective.temperature**2 * parts[0])
-    calibration = _calibration((top_logit - logz).exp(), first_choice == labels)
-    return torch.cat([loss[None], cross_entropy[None], parts, calibration]), grad
+    calibration = calibration_sums((top_logit - logz).exp(), first_choice == labels)
+    return torch.cat([loss[None], cross_entropy[None], parts, calibration.view(-1)]), grad
 
 
 def _labels_only(
@@ -372,13 +372,6 @@ def _parts(
             acceptance.sum(),
         ]
     )
-
-
-def _calibration(confidence: torch.Tensor, hit: torch.Tensor) -> torch.Tensor:
-    """``[3 * CALIBRATION_BINS]``: by bin, positions, confidence, hits."""
-    bins = (confidence * CALIBRATION_BINS).long().clamp(0, CALIBRATION_BINS - 1)
-    rows = torch.stack([torch.ones_like(confidence), confidence, hit.to(confidence)], dim=1)
-    return confidence.new_zeros(CALIBRATION_BINS, 3).index_add_(0, bins, rows).view(-1)
 
 
 def _logsumexp(values: torch.Tensor) -> torch.Tensor:

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from kdcache.calibration import NUM_BINS
 from kdcache.heads import OutputHead
 from kdcache.train.losses import Divergence, forward_kl
 
-CALIBRATION_BINS = 15
 PARTS = (
     "cross_entropy",
     "divergence",
@@ -19,7 +19,7 @@ PARTS = (
     "teacher_tail_mass",
     "acceptance_rate",
 )
-NUM_SUMS = 1 + len(PARTS) + 3 * CALIBRATION_BINS
+NUM_SUMS = 1 + len(PARTS) + 3 * NUM_BINS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,8 +107,7 @@ class LossSums:
             factor ``T^2``, and ``forward_kl``, KL(teacher ‖ student) whatever is optimised (nats; teacher entropy subtracted);
             ``top1_agreement`` of student and teacher; the mass at T that each gives to what the targets leave out; the
             ``acceptance_rate`` ``sum(min(t, p))`` of speculative decoding. All but the first are 0 without targets.
-        calibration: ``[CALIBRATION_BINS, 3]``: positions, sums of the student's confidence in its first choice, and of hits,
-            by equal bins of that confidence at T = 1.
+        calibration: ``[NUM_BINS, 3]``, ``calibration_sums`` of the student's first choices at T = 1.
     """
 
     loss: torch.Tensor
@@ -122,7 +121,7 @@ class LossSums:
     @staticmethod
     def from_flat(loss: torch.Tensor, measured: torch.Tensor) -> LossSums:
         """From the loss and the rest of :meth:`flat`."""
-        return LossSums(loss, measured[: len(PARTS)], measured[len(PARTS) :].view(CALIBRATION_BINS, 3))
+        return LossSums(loss, measured[: len(PARTS)], measured[len(PARTS) :].view(NUM_BINS, 3))
 
     def __add__(self, other: LossSums) -> LossSums:
         return LossSums(self.loss + other.loss, self.parts + other.parts, self.calibration + other.calibration)
@@ -131,13 +130,3 @@ class LossSums:
         if name in PARTS:
             return self.parts[PARTS.index(name)]
         raise AttributeError(name)
-
-
-def calibration_error(calibration: torch.Tensor) -> float:
-    """Expected calibration error: the mean gap between confidence and accuracy over bins, weighted by their positions.
-
-    Args:
-        calibration: ``[CALIBRATION_BINS, 3]`` sums, see :class:`LossSums`. Guo et al. 1706.04599.
-    """
-    number, confidence, hits = calibration.double().unbind(1)
-    return float((confidence - hits).abs().sum() / number.sum().clamp(min=1))

@@ -21,9 +21,10 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from kdcache.cache.reader import CacheReader
+from kdcache.calibration import calibration_error
 from kdcache.progress import Progress
 from kdcache.train.forward import Decoders, extend_forward, run_objective
-from kdcache.train.objective import NUM_SUMS, PARTS, Objective, calibration_error
+from kdcache.train.objective import NUM_SUMS, PARTS, Objective
 from kdcache.train.recipe import Recipe, weighted
 from kdcache.train.schedule import Schedule
 from kdcache.train.stream import CacheDataset, KDBatchSampler, KDLoader, TargetDecoder, collate

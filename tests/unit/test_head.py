@@ -5,10 +5,11 @@ import itertools
 import pytest
 import torch
 
+from kdcache.calibration import calibration_error
 from kdcache.heads import OutputHead
 from kdcache.train.head import chunk_loss, kd_loss, kd_loss_from_logits
 from kdcache.train.losses import make_divergence
-from kdcache.train.objective import PARTS, BucketTargets, FullTargets, MixedTargets, Objective, calibration_error
+from kdcache.train.objective import PARTS, BucketTargets, FullTargets, MixedTargets, Objective
 
 N, D, V = 37, 8, 50
 
@@ -51,6 +52,12 @@ def grads_of(loss, hidden, head):
     return torch.autograd.grad(loss, parameters)
 
 
+def assert_same_loss_and_gradients(ours, plain, hidden, head):
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-10)
+    for mine, theirs in zip(grads_of(ours, hidden, head), grads_of(plain, hidden, head), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("k", [1, 7, V])
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
@@ -60,9 +67,7 @@ def test_values_and_gradients_equal_dense_autograd(k, temperature, alpha, extras
     targets = buckets(teacher, k, temperature)
     ours = kd_loss(hidden, head, labels, targets, Objective(alpha, temperature), chunk_positions=10)
     plain = dense_loss(dense_logits(hidden, head), labels, targets, alpha, temperature)
-    torch.testing.assert_close(ours.loss, plain, rtol=0, atol=1e-10)
-    for mine, theirs in zip(grads_of(ours.loss, hidden, head), grads_of(plain, hidden, head), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
+    assert_same_loss_and_gradients(ours.loss, plain, hidden, head)
 
 
 @pytest.mark.parametrize(("alpha", "temperature"), itertools.product([0.3, 1.0], [1.0, 3.0]))
@@ -260,9 +265,7 @@ def autograd_loss(logits, labels, targets, objective):
 def check_against_autograd(hidden, head, labels, targets, objective):
     ours = kd_loss(hidden, head, labels, targets, objective, chunk_positions=10)
     plain = autograd_loss(dense_logits(hidden, head), labels, targets, objective)
-    torch.testing.assert_close(ours.loss, plain, rtol=0, atol=1e-10)
-    for mine, theirs in zip(grads_of(ours.loss, hidden, head), grads_of(plain, hidden, head), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
+    assert_same_loss_and_gradients(ours.loss, plain, hidden, head)
     return ours
 
 
@@ -294,9 +297,7 @@ def test_several_teachers_sum_their_losses(name):
     objective = Objective(0.6, 1.0, make_divergence(name))
     ours = kd_loss(hidden, head, labels, MixedTargets(parts), objective, chunk_positions=10)
     plain = sum(w * autograd_loss(dense_logits(hidden, head), labels, part, objective) for w, part in parts)
-    torch.testing.assert_close(ours.loss, plain, rtol=0, atol=1e-10)
-    for mine, theirs in zip(grads_of(ours.loss, hidden, head), grads_of(plain, hidden, head), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
+    assert_same_loss_and_gradients(ours.loss, plain, hidden, head)
 
 
 def test_several_teachers_have_the_gradient_of_their_mixture():

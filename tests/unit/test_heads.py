@@ -1,10 +1,13 @@
 """A model in two parts, in fourteen families; packed documents; heads as bytes."""
 
+import pickle
+
 import pytest
+import safetensors.torch
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kdcache.errors import ModelError
+from kdcache.errors import CacheCorruptError, ModelError
 from kdcache.heads import OutputHead, check_packing, head_of, hidden_states, split_is_exact, trunk_of
 
 SMALL = {
@@ -127,6 +130,31 @@ def test_a_head_travels_as_bytes(dtype, extras):
     hidden = torch.randn(5, 8)
     assert torch.equal(back.logits(hidden), head.logits(hidden))
     assert back.to_bytes() == head.to_bytes()
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"scale": torch.ones(1)},
+        {"weight": torch.ones(4, 2)},
+        {"weight": torch.ones(8), "scale": torch.ones(1)},
+        {"weight": torch.ones(4, 2, dtype=torch.int32), "scale": torch.ones(1)},
+        {"weight": torch.ones(4, 2), "scale": torch.ones(3)},
+        {"weight": torch.ones(4, 2), "scale": torch.ones(1), "bias": torch.ones(5)},
+        {"weight": torch.ones(4, 2), "scale": torch.ones(1), "softcap": torch.ones(2)},
+        {"weight": torch.ones(4, 2), "scale": torch.ones(1), "other": torch.ones(1)},
+    ],
+)
+def test_a_file_that_holds_no_head_is_refused(tensors):
+    with pytest.raises(CacheCorruptError, match="were expected, found"):
+        OutputHead.from_bytes(safetensors.torch.save(tensors))
+
+
+def test_bytes_that_are_no_safetensors_file_are_refused():
+    whole = OutputHead(torch.ones(4, 2)).to_bytes()
+    for data in (b"", b"x" * 100, whole[:-1], whole[:20], pickle.dumps({"weight": 1})):
+        with pytest.raises(CacheCorruptError, match="not a safetensors file"):
+            OutputHead.from_bytes(data)
 
 
 def test_the_first_rows_of_a_head_give_the_first_logits():

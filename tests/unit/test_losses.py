@@ -87,6 +87,13 @@ def coarse(logits, ids):
     return logp.gather(1, ids), logp.scatter(1, ids, -torch.inf).logsumexp(1)
 
 
+def assert_same_value_and_gradient(ours, plain, student):
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)
+    (mine,) = torch.autograd.grad(ours.sum(), student, retain_graph=True)
+    (theirs,) = torch.autograd.grad(plain.sum(), student)
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize(("name", "arguments"), ALL)
 def test_all_entries_kept_is_the_full_divergence(name, arguments):
     """Value and gradient at k = V."""
@@ -96,10 +103,7 @@ def test_all_entries_kept_is_the_full_divergence(name, arguments):
     none = torch.full((N,), -torch.inf, dtype=torch.float64)
     ours = make_divergence(name, arguments).on_buckets(t, none, p, none)
     plain = dense(name, t.exp(), p.exp(), **arguments)
-    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)
-    (mine,) = torch.autograd.grad(ours.sum(), student, retain_graph=True)
-    (theirs,) = torch.autograd.grad(plain.sum(), student)
-    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
+    assert_same_value_and_gradient(ours, plain, student)
 
 
 @pytest.mark.parametrize(("name", "arguments"), ALL)
@@ -122,10 +126,7 @@ def test_kept_entries_and_tail_are_k_plus_1_tokens(name, arguments):
         same = before >= arguments.get("head_mass", 0.5)
         assert same.any()
         ours, plain = ours[same], plain[same]
-    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)
-    (mine,) = torch.autograd.grad(ours.sum(), student, retain_graph=True)
-    (theirs,) = torch.autograd.grad(plain.sum(), student)
-    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
+    assert_same_value_and_gradient(ours, plain, student)
 
 
 @pytest.mark.parametrize(("name", "arguments"), F_DIVERGENCES)

@@ -88,6 +88,16 @@ def make_item(num_tokens, documents=(0,), k=3, seed=0, vocab=50, codec="packed")
     return sequence, made.decode(made.encode(targets), n, "item"), targets, made
 
 
+def decoder_of(codec, temperature=1.0):
+    """What TargetDecoder.for_cache makes of a cache with this codec."""
+    values, tails = codec.tables()
+    column = codec.temperatures.index(temperature)
+    return TargetDecoder(
+        temperature, column,
+        None if values is None else torch.from_numpy(values), None if tails is None else torch.from_numpy(tails[column]),
+    )  # fmt: skip
+
+
 def test_padding_not_masked():
     """Padding is neither label nor target, and positions run on, so that it is no document of its own."""
     long, short = make_item(9), make_item(5, seed=1)
@@ -122,13 +132,7 @@ def test_a_filler_counts_nothing():
 def test_device_decode_equals_its_numpy_twin(codec, temperature):
     items = [make_item(9, seed=s, codec=codec) for s in range(3)]
     batch = collate([Item(sequence, (compact,)) for sequence, compact, _, _ in items])
-    values, tails = items[0][3].tables()
-    column = int(temperature == 2.0)
-    decoder = TargetDecoder(
-        temperature, column,
-        None if values is None else torch.from_numpy(values), None if tails is None else torch.from_numpy(tails[column]),
-    )  # fmt: skip
-    ours = decoder.decode(batch)
+    ours = decoder_of(items[0][3], temperature).decode(batch)
     twins = [compact.expand((1.0, 2.0)).at_temperature(temperature) for _, compact, _, _ in items]
     np.testing.assert_allclose(ours.logprobs.numpy().ravel(), np.concatenate([t[0] for t in twins]), atol=2e-6)
     np.testing.assert_allclose(ours.tail_logprobs.numpy(), np.concatenate([t[1] for t in twins]), atol=1e-6)
@@ -184,13 +188,7 @@ def test_weights_of_draws_equal_their_numpy_twin(codec, temperature, scheme):
         np.testing.assert_array_equal(compact.counts, targets.counts)
         np.testing.assert_array_equal(compact.token_ids, targets.token_ids)
     batch = collate([Item(sequence, (compact,)) for sequence, compact, _, _ in items])
-    values, tails = items[0][3].tables()
-    column = int(temperature == 2.0)
-    decoder = TargetDecoder(
-        temperature, column,
-        None if values is None else torch.from_numpy(values), None if tails is None else torch.from_numpy(tails[column]),
-    )  # fmt: skip
-    ours = decoder.decode(batch)
+    ours = decoder_of(items[0][3], temperature).decode(batch)
     used = ours.logprobs > -torch.inf
     weights = (ours.ratios * ours.logprobs.exp())[used].numpy()
     twins = [compact.expand((1.0, 2.0)).weights_at(temperature) for _, compact, _, _ in items]
@@ -202,10 +200,6 @@ def test_several_teachers_side_by_side():
     """The targets of each teacher travel under its number, and are mixed by weight."""
     first, second = make_item(9, seed=0), make_item(9, seed=0, k=7)
     batch = collate([Item(first[0], (first[1], second[1]))])
-    decoders = []
-    for _, _, _, codec in (first, second):
-        values, tails = codec.tables()
-        decoders.append(TargetDecoder(1.0, 0, torch.from_numpy(values), torch.from_numpy(tails[0])))
-    mixed = decode_all([(0.7, decoders[0]), (0.3, decoders[1])], batch)
+    mixed = decode_all([(0.7, decoder_of(first[3])), (0.3, decoder_of(second[3]))], batch)
     assert [(weight, part.token_ids.shape[1]) for weight, part in mixed.parts] == [(0.7, 3), (0.3, 7)]
     assert decode_all([], batch) is None
