@@ -210,7 +210,7 @@ def chunk_loss(
         buffer = logits_CV if last else logits_CV.clone()
         # The cross-entropy joins the last teacher's pass.
         ce_weight, kd_weight = ce_share * last, kd_share * weight
-        if part is None or alpha == 0:
+        if part is None:
             logz, more, part_grad = _labels_only(buffer, labels, ce_weight, with_grad)
         elif isinstance(part, FullTargets):
             logz, more, part_grad = _full_loss(

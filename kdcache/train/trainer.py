@@ -170,16 +170,15 @@ class KDTrainer(Trainer):
     ) -> Any:
         """Sum over this micro-batch / targets of the effective batch, times the ranks whose gradients DDP will average."""
         objective = self.objective
-        sums = run_objective(model, inputs, objective, self._decoders_of(objective, training=True))
+        # Where alpha is 0 only for now, the teacher is still measured.
+        decoders = self._decoders_at(objective.temperature, training=True) if self.recipe.uses_teacher else []
+        sums = run_objective(model, inputs, objective, decoders)
         count = int(inputs["target_mask"].sum())
         self._sums += sums.flat().double().cpu()
         self._num_targets += count
         items = count if num_items_in_batch is None else num_items_in_batch
         loss = sums.loss / max(int(items), 1) * self.args.world_size
         return (loss, None) if return_outputs else loss
-
-    def _decoders_of(self, objective: Objective, *, training: bool) -> Decoders:
-        return self._decoders_at(objective.temperature, training=training) if objective.alpha > 0 else []
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the parts of the loss since the last log, each a mean over positions."""
@@ -218,7 +217,7 @@ class KDTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             for batch in self.get_eval_dataloader():
                 inputs = self._prepare_inputs(batch)
-                decoders = self._decoders_of(objective, training=False)
+                decoders = self._decoders_at(objective.temperature, training=False)
                 sums += run_objective(model, inputs, objective, decoders).flat().double().cpu()
                 num_targets += int(inputs["target_mask"].sum())
         model.train(was_training)

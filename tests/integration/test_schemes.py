@@ -208,6 +208,7 @@ def test_schedules_move_alpha_and_temperature(tmp_path, caches, tiny_student):
     assert alphas[0] < 0.2
     assert alphas[-1] > 0.8
     assert {r["temperature"] for r in logged} == {1.0, 2.0}
+    assert all(r["forward_kl"] > 0 for r in logged), "measured at the first step too, where alpha is 0"
 
 
 def test_an_argument_of_the_loss_can_be_scheduled(tmp_path, caches, tiny_student):
