@@ -6,6 +6,7 @@ Pure functions between arrays; which columns they fill, and what is read back wi
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -24,18 +25,24 @@ TAIL_ERROR = 1 / 16
 GAP_SMALL, GAP_ESCAPE = 60, 255
 
 
+@cache
 def levels(step: float) -> FloatArray:
-    """``[256]``: -logprob of each level; the first step is ``step`` nats."""
+    """``[256]``: -logprob of each level; the first step is ``step`` nats. Made once, and read-only: every sequence needs it."""
     out = np.zeros(256)
     for i in range(1, 256):
         out[i] = out[i - 1] + min(step * math.exp(LEVEL_GROWTH * out[i - 1]), LEVEL_MAX_STEP)
-    return out.astype(np.float32)
+    table = out.astype(np.float32)
+    table.setflags(write=False)
+    return table
 
 
+@cache
 def tail_table(num_temperatures: int) -> FloatArray:
-    """``[num_temperatures, 256]``: log tail mass of each code."""
+    """``[num_temperatures, 256]``: log tail mass of each code. Made once, and read-only."""
     row = np.concatenate([[-np.inf], -np.logaddexp(0, -TAIL_LOG_ODDS)]).astype(np.float32)
-    return np.tile(row, (num_temperatures, 1))
+    table = np.tile(row, (num_temperatures, 1))
+    table.setflags(write=False)
+    return table
 
 
 def column_order(num_entries: UIntArray) -> npt.NDArray[np.int64]:

@@ -258,7 +258,7 @@ class TargetDecoder:
             temperature=temperature,
             temperature_column=column,
             value_table=None if value_table is None else torch.from_numpy(value_table).to(device),
-            tail_table=None if tail_table is None else torch.from_numpy(tail_table[column]).to(device),
+            tail_table=None if tail_table is None else torch.tensor(tail_table[column], device=device),
             teacher_head=head,
         )
 

@@ -94,7 +94,7 @@ def decoder_of(codec, temperature=1.0):
     column = codec.temperatures.index(temperature)
     return TargetDecoder(
         temperature, column,
-        None if values is None else torch.from_numpy(values), None if tails is None else torch.from_numpy(tails[column]),
+        None if values is None else torch.from_numpy(values), None if tails is None else torch.tensor(tails[column]),
     )  # fmt: skip
 
 
