@@ -23,6 +23,7 @@ BLOCK = 8
 CACHED_ROWS = 8
 GPU_CHUNK_ELEMENTS = 1 << 28
 BELOW_ALL = -1.0e4
+INTEGER_OF_WIDTH = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,14 +189,14 @@ def _tail_sums(
     descending = sorted(temperatures, reverse=True)
     highest = descending[0]
     rows = CACHED_ROWS if logits_NV.device.type == "cpu" else max(1, GPU_CHUNK_ELEMENTS // vocab_size)
-    sums = base.new_empty(n, len(temperatures))
-    weighted = base.new_empty(n)
+    sums, weighted = base.new_empty(len(temperatures), n), base.new_empty(n)
+    shift = -base / highest
     scaled_buffer, powers_buffer = base.new_empty(min(rows, n), vocab_size), base.new_empty(min(rows, n), vocab_size)
     for start in range(0, n, rows):
         here = slice(start, min(start + rows, n))
         scaled_NV, powers_NV = scaled_buffer[: here.stop - start], powers_buffer[: here.stop - start]
         scaled_NV.copy_(logits_NV[here])
-        torch.add(-base[here] / highest, scaled_NV, alpha=1 / highest, out=scaled_NV)
+        torch.add(shift[here], scaled_NV, alpha=1 / highest, out=scaled_NV)
         scaled_NV.scatter_(1, ids_NK[here], BELOW_ALL)
         torch.exp(scaled_NV, out=powers_NV)
         reached = highest
@@ -205,29 +206,44 @@ def _tail_sums(
             elif reached != temperature:
                 torch.exp(scaled_NV * (highest / temperature), out=powers_NV)
             reached = temperature
-            sums[here, temperatures.index(temperature)] = powers_NV.sum(1)
+            torch.sum(powers_NV, 1, out=sums[temperatures.index(temperature), here])
             if temperature == 1.0:
-                weighted[here] = (
-                    powers_NV.mul_(scaled_NV) if temperature == descending[-1] else powers_NV * scaled_NV
-                ).sum(1)
-    return sums.log(), weighted * highest
+                in_place = temperature == descending[-1]
+                torch.sum(powers_NV.mul_(scaled_NV) if in_place else powers_NV * scaled_NV, 1, out=weighted[here])
+    return sums.T.log(), weighted * highest
 
 
 def _top_k(logits_NV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Values and ids of the k largest logits of each row, in no order.
 
-    On a CPU the k blocks with the largest maxima are found first, by the same means; they hold the k largest logits. Blocks
-    are strided, {b, b + stride, b + 2 stride, ...}, so that their maxima are an elementwise maximum of contiguous rows.
+    On a CPU bit patterns are compared as integers, which is faster by half: positive floats order as their patterns do, and
+    lie above the negative ones. Rows where this finds a logit that is not positive are done again as floats.
     """
-    n, vocab_size = logits_NV.shape
-    if logits_NV.device.type != "cpu" or k == 0 or vocab_size < 4 * BLOCK * k:
+    if logits_NV.device.type != "cpu" or k == 0:
         kept, ids = logits_NV.topk(k, dim=1, sorted=False)
+        return kept, ids
+    patterns, ids = _in_two_stages(logits_NV.view(INTEGER_OF_WIDTH[logits_NV.itemsize]), k)
+    kept = patterns.view(logits_NV.dtype)
+    again = (patterns <= 0).any(1).nonzero()[:, 0]
+    if len(again):
+        kept[again], ids[again] = _in_two_stages(logits_NV[again], k)
+    return kept, ids
+
+
+def _in_two_stages(values_NV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``topk(k)``: the k blocks with the largest maxima are found first, by the same means; they hold the k largest.
+
+    Blocks are strided, {b, b + stride, b + 2 stride, ...}, so that their maxima are an elementwise maximum of contiguous rows.
+    """
+    n, vocab_size = values_NV.shape
+    if vocab_size < 4 * BLOCK * k:
+        kept, ids = values_NV.topk(k, dim=1, sorted=False)
         return kept, ids
     stride = vocab_size // BLOCK
     whole = stride * BLOCK
-    _, best = _top_k(logits_NV[:, :whole].reshape(n, BLOCK, stride).amax(dim=1), k)
+    _, best = _in_two_stages(values_NV[:, :whole].reshape(n, BLOCK, stride).amax(dim=1), k)
     candidate_ids = (best[:, None, :] + (torch.arange(BLOCK) * stride)[:, None]).view(n, -1)
     if whole < vocab_size:
         candidate_ids = torch.cat([candidate_ids, torch.arange(whole, vocab_size).expand(n, -1)], dim=1)
-    kept, which = logits_NV.gather(1, candidate_ids).topk(k, dim=1, sorted=False)
+    kept, which = values_NV.gather(1, candidate_ids).topk(k, dim=1, sorted=False)
     return kept, candidate_ids.gather(1, which)

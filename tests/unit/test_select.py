@@ -84,6 +84,18 @@ def test_huge_logits_neither_overflow_nor_vanish(offset):
     check(logits(9, 300) + offset, 8, (1.0, 2.0, 4.0), atol=3e-4 if abs(offset) == 1000 else 5e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_logits_of_either_sign_and_the_rows_beside_change_nothing(dtype):
+    """Rows whose largest logits are negative, mixed or positive; -0.0 and 0.0 among them."""
+    values = logits(4, 5000).abs()
+    mixed = torch.cat([-values, values[:, :20], torch.zeros(4, 3), -torch.zeros(4, 3)], 1)
+    values = torch.cat([-values, values], 1)[:, : mixed.shape[1]]
+    rows = torch.stack([values, mixed, -values.abs()], 1).flatten(0, 1).to(dtype)
+    together = check(rows, 32, (1.0, 2.0))
+    for i in range(len(rows)):
+        assert torch.equal(check(rows[i : i + 1], 32, (1.0, 2.0)).token_ids[0], together.token_ids[i])
+
+
 def test_a_tail_of_1e_minus_30_is_as_exact_as_any():
     """Never 1 - sum: that would be zero here."""
     z = torch.full((1, 1000), -72.0)
