@@ -7,6 +7,7 @@ text. So a model that moved is the same model, and one that was changed under th
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+ADAPTER_CONFIG = "adapter_config.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".index.json")
 PROBE_TEXT = "The quick brown fox doesn't jump 1,234 times.\n\n  def f(x): return x**2  # Zürich, 東京 🙂\tend"
 
@@ -35,12 +37,16 @@ PROBE_TEXT = "The quick brown fox doesn't jump 1,234 times.\n\n  def f(x): retur
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Where a model's files are: ``folder_or_name`` as transformers takes it, and the GGUF file in it if it is one."""
+    """Where a model's files are: ``folder_or_name`` as transformers takes it, and the GGUF file in it if it is one.
+
+    ``adapter`` is the folder of a LoRA adapter that is merged into the model; the other fields then name its base.
+    """
 
     name: str
     folder_or_name: str
     gguf_file: str | None
     revision: str | None = None
+    adapter: str | None = None
 
     @property
     def load_arguments(self) -> dict[str, Any]:
@@ -51,6 +57,8 @@ class ModelSource:
 
 def find_model(name: str, revision: str | None = None) -> ModelSource:
     """Resolve a hub name, a folder, a ``.gguf`` file, or ``package:NAME`` (a model that ships in a Python package).
+
+    A folder may hold a LoRA adapter instead of a model: it names its base model.
 
     Raises:
         ModelError: A path that does not exist, or a folder without a model.
@@ -63,6 +71,8 @@ def find_model(name: str, revision: str | None = None) -> ModelSource:
             raise ModelError(f"model {name}: no such file")
         return ModelSource(name, str(path.parent), path.name)
     if path.is_dir():
+        if (path / ADAPTER_CONFIG).is_file():
+            return dataclasses.replace(_base_of_adapter(path), name=name, adapter=str(path))
         if not (path / "config.json").is_file():
             raise ModelError(
                 f"model folder {name}: it has no config.json",
@@ -74,6 +84,19 @@ def find_model(name: str, revision: str | None = None) -> ModelSource:
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ModelError(f"model {name}: no such folder or file")
     return ModelSource(name, name, None, revision)
+
+
+def _base_of_adapter(folder: Path) -> ModelSource:
+    try:
+        base = json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder / ADAPTER_CONFIG}: it names no base model") from error
+    if not isinstance(base, str) or base == str(folder):
+        raise ModelError(f"{folder / ADAPTER_CONFIG}: a base model was expected, found {base!r}")
+    try:
+        return find_model(base)
+    except ModelError as error:
+        raise ModelError(f"adapter {folder}: its base model: {error.message}", hint=error.hint) from error
 
 
 def _packaged_model(name: str) -> ModelSource:
@@ -99,14 +122,17 @@ def model_digest(source: ModelSource) -> str:
     """
     folder = Path(source.folder_or_name)
     state = xxhash.xxh3_128()
-    if source.gguf_file:
+    if source.adapter:
+        state.update(model_digest(dataclasses.replace(source, adapter=None)).encode())
+        files = sorted(p for p in Path(source.adapter).iterdir() if p.name.startswith("adapter_"))
+    elif source.gguf_file:
         files = [folder / source.gguf_file]
     elif folder.is_dir():
         files = sorted(p for p in folder.iterdir() if p.name == "config.json" or p.name.endswith(WEIGHT_SUFFIXES))
     else:
         return hashlib.sha256(canonical_json(["hub", source.name, _hub_commit(source)])).hexdigest()[:32]
     for file in files:
-        state.update(file.name.encode() if not source.gguf_file else b"gguf")
+        state.update(b"gguf" if source.gguf_file and not source.adapter else file.name.encode())
         with open(file, "rb") as stream:
             while block := stream.read(16 << 20):
                 state.update(block)
@@ -173,6 +199,8 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(
             source.folder_or_name, trust_remote_code=trust_remote_code, **arguments
         )
+    if source.adapter:
+        model = _merge_adapter(model, source)
     if device_map is None:
         model.to(device)
     # A GGUF file loads as plain weights; without its quantization note the model can be saved like any other.
@@ -181,6 +209,21 @@ def load_model(
         model.hf_quantizer = None
         model.is_quantized = False
     return model.eval()
+
+
+def _merge_adapter(model: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ModelError(
+            f"adapter {source.adapter} needs the peft package", hint="pip install 'kdcache[lora]'"
+        ) from error
+    with _load_errors(source):
+        try:
+            merged: PreTrainedModel = PeftModel.from_pretrained(model, source.adapter).merge_and_unload()
+        except RuntimeError as error:  # sizes that do not fit the base model
+            raise ValueError(str(error)) from error
+    return merged
 
 
 def describe_model(source: ModelSource, config: Any, attention: str = "auto") -> tuple[int, str]:

@@ -19,6 +19,7 @@ cross-entropy joins the same pass. Objective: ``(1 - alpha) * CE + alpha * T^2 *
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,9 +38,9 @@ from kdcache.train.objective import (
     Targets,
 )
 
-# Elements of a chunk of logits: 32 MB of float32.
-CHUNK_ELEMENTS = 1 << 23
-CACHED_ROWS = 16
+# Elements of a chunk of logits: 24 MB of float32.
+CHUNK_ELEMENTS = 6_000_000
+CACHED_ROWS = 8
 FORWARD_KL, TV = forward_kl(), tv()
 
 
@@ -124,17 +125,22 @@ def _run_chunks(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     weight_VD = head.weight.detach().to(dtype)
     bias = None if head.bias is None else head.bias.detach().to(dtype)
-    cast_head = OutputHead(weight_VD, bias, head.scale, head.softcap)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     needs_hidden, needs_weight, needs_bias = (with_grad and need for need in ctx.needs_input_grad[:3])
     grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
     grad_weight = torch.zeros_like(head.weight, dtype=wide) if needs_weight else None
     grad_bias = torch.zeros_like(head.bias, dtype=wide) if needs_bias and head.bias is not None else None
     totals = torch.zeros(NUM_SUMS, dtype=wide, device=hidden_ND.device)
+    # Made once: allocators leave holes between the small tensors of a chunk and the next one's logits.
+    shape = (min(chunk, len(hidden_ND)), len(weight_VD))
+    product_CV = torch.empty(shape, dtype=dtype, device=hidden_ND.device)
+    buffer_CV = product_CV if dtype == wide else torch.empty(shape, dtype=wide, device=hidden_ND.device)
     for start in range(0, len(hidden_ND), chunk):
         rows = slice(start, start + chunk)
         hidden_CD = hidden_ND[rows].detach().to(dtype)
-        logits_CV = cast_head.logits(hidden_CD) if dtype != torch.float64 else _logits_fp64(cast_head, hidden_CD)
+        logits_CV = _logits_into(
+            buffer_CV[: len(hidden_CD)], product_CV[: len(hidden_CD)], hidden_CD, weight_VD, bias, head
+        )
         kept_logits = logits_CV.clone() if head.softcap is not None and with_grad else None
         part = targets[rows] if targets is not None else None
         sums, grad_CV = chunk_loss(logits_CV, labels[rows], part, objective, with_grad)
@@ -145,7 +151,8 @@ def _run_chunks(
             grad_CV.mul_(1 - (kept_logits / head.softcap).square_())
         if head.scale != 1.0:
             grad_CV.mul_(head.scale)
-        grad_CV = grad_CV.to(dtype)
+        if dtype != wide:
+            grad_CV = product_CV[: len(grad_CV)].copy_(grad_CV)
         if grad_hidden is not None:
             grad_hidden[rows] = grad_CV @ weight_VD
         if grad_weight is not None:
@@ -155,7 +162,6 @@ def _run_chunks(
                 grad_weight += grad_CV.T @ hidden_CD
         if grad_bias is not None:
             grad_bias += grad_CV.sum(0)
-        del logits_CV, grad_CV  # before the next chunk's are made
     ctx.grads = (
         grad_hidden,
         None if grad_weight is None else grad_weight.to(head.weight.dtype),
@@ -166,10 +172,26 @@ def _run_chunks(
     return totals[0].clone(), parts
 
 
-def _logits_fp64(head: OutputHead, hidden: torch.Tensor) -> torch.Tensor:
-    """float64 throughout, for proofs; ``OutputHead.logits`` gives float32."""
-    logits = torch.nn.functional.linear(hidden, head.weight, head.bias) * head.scale
-    return logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap
+def _logits_into(
+    out_CV: torch.Tensor,
+    product_CV: torch.Tensor,
+    hidden_CD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias: torch.Tensor | None,
+    head: OutputHead,
+) -> torch.Tensor:
+    """``OutputHead.logits`` in given buffers: the product in the head's dtype, then float32 (float64 in proofs)."""
+    if bias is None:
+        torch.mm(hidden_CD, weight_VD.T, out=product_CV)
+    else:
+        torch.addmm(bias, hidden_CD, weight_VD.T, out=product_CV)
+    if out_CV.dtype != product_CV.dtype:
+        out_CV.copy_(product_CV)
+    if head.scale != 1.0:
+        out_CV.mul_(head.scale)
+    if head.softcap is not None:
+        out_CV.div_(head.softcap).tanh_().mul_(head.softcap)
+    return out_CV
 
 
 class _LogitsLoss(torch.autograd.Function):
@@ -232,10 +254,10 @@ def chunk_loss(
 def _labels_only(
     logits_CV: torch.Tensor, labels: torch.Tensor, ce_weight: float, with_grad: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    logz = _logsumexp(logits_CV)
+    powers_CV, total, logz = _exponentials(logits_CV)
     grad = None
     if with_grad:
-        grad = logits_CV.sub_(logz[:, None]).exp_().mul_(ce_weight)
+        grad = powers_CV.mul_((ce_weight / total)[:, None])
         _add_at(grad, labels, -ce_weight)
     return logz, logz.new_zeros(len(PARTS) - 1), grad
 
@@ -254,14 +276,15 @@ def _bucket_loss(
     unused = targets.logprobs == -torch.inf
     kept_CK = logits_CV.gather(1, ids)
     tail_CV = logits_CV.scatter_(1, ids, -torch.inf)
-    kept_lse_1, tail_lse_1 = _logsumexp(kept_CK.masked_fill(unused, -torch.inf)), _logsumexp(tail_CV)
-    logz = torch.logaddexp(kept_lse_1, tail_lse_1)
+    tempered_CV = None if temperature == 1.0 else tail_CV / temperature
+    powers_CV, total, tail_lse_1 = _exponentials(tail_CV)
+    logz = torch.logaddexp(torch.logsumexp(kept_CK.masked_fill(unused, -torch.inf), 1), tail_lse_1)
     u_CK = kept_CK / temperature
-    if temperature == 1.0:
-        tail_lse, logz_T = tail_lse_1, logz
+    if tempered_CV is None:
+        powers_T_CV, total_T, tail_lse, logz_T = powers_CV, total, tail_lse_1, logz
     else:
-        tail_lse = _logsumexp(tail_CV / temperature)
-        logz_T = torch.logaddexp(_logsumexp(u_CK.masked_fill(unused, -torch.inf)), tail_lse)
+        powers_T_CV, total_T, tail_lse = _exponentials(tempered_CV)
+        logz_T = torch.logaddexp(torch.logsumexp(u_CK.masked_fill(unused, -torch.inf), 1), tail_lse)
     student_CK, student_tail = u_CK - logz_T[:, None], tail_lse - logz_T
     divergence, g_CK, g_tail = _differentiate(objective.divergence, targets, student_CK, student_tail, with_grad)
     teacher_choice = ids.gather(1, targets.logprobs.argmax(1, keepdim=True))[:, 0]
@@ -271,18 +294,18 @@ def _bucket_loss(
     assert g_CK is not None
     assert g_tail is not None
     scale = kd_weight * temperature
-    total = g_CK.sum(1) + g_tail
-    at_kept = scale * (g_CK - total[:, None] * student_CK.exp())
-    at_tail = scale * (g_tail - total * student_tail.exp())
-    if temperature == 1.0:
+    sum_of_g = g_CK.sum(1) + g_tail
+    at_kept = scale * (g_CK - sum_of_g[:, None] * student_CK.exp())
+    at_tail = scale * (g_tail - sum_of_g * student_tail.exp())
+    at_tail_1 = ce_weight * (tail_lse_1 - logz).exp()
+    if ce_weight:
         at_kept += ce_weight * (kept_CK - logz[:, None]).exp()
-        at_tail += ce_weight * (tail_lse_1 - logz).exp()
-        grad = _conditional(tail_CV, tail_lse_1).mul_(at_tail[:, None])
-    else:
-        grad = _conditional(tail_CV / temperature, tail_lse).mul_(at_tail[:, None])
-        if ce_weight:
-            at_kept += ce_weight * (kept_CK - logz[:, None]).exp()
-            grad.add_(_conditional(tail_CV, tail_lse_1).mul_((ce_weight * (tail_lse_1 - logz).exp())[:, None]))
+    if tempered_CV is None:
+        at_tail += at_tail_1
+    # The sum is at least 1, or 0 where there is no tail at all and every power is 0.
+    grad = powers_T_CV.mul_((at_tail / total_T.clamp(min=1.0))[:, None])
+    if tempered_CV is not None and ce_weight:
+        grad.addcmul_(powers_CV, (at_tail_1 / total.clamp(min=1.0))[:, None])
     # Unused slots repeat the first id: give them its value, so that whichever is written last is right.
     grad.scatter_(1, ids, torch.where(unused, at_kept[:, :1], at_kept))
     _add_at(grad, labels, -ce_weight)
@@ -299,32 +322,40 @@ def _full_loss(
     kd_weight: float,
     with_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    temperature = objective.temperature
-    teacher_logits = targets.head.logits(targets.hidden).to(logits_CV)
-    logz = _logsumexp(logits_CV)
-    student_CV = torch.log_softmax(logits_CV / temperature, dim=1)
-    no_tail = torch.full_like(logz, -torch.inf)
-    whole = BucketTargets(
-        token_ids=labels[:, None],  # not looked at
-        logprobs=torch.log_softmax(teacher_logits / temperature, dim=1),
-        tail_logprobs=no_tail,
-    )
-    divergence, g_CV, _ = _differentiate(objective.divergence, whole, student_CV, no_tail, with_grad)
-    agree = first_choice == teacher_logits.argmax(1)
-    parts = _parts(objective, whole, student_CV, no_tail, divergence, agree)
-    if not with_grad:
-        return logz, parts, None
-    assert g_CV is not None
-    grad = (g_CV - g_CV.sum(1, keepdim=True) * student_CV.exp()).mul_(kd_weight * temperature)
-    if ce_weight:
-        grad.add_(logits_CV.sub_(logz[:, None]).exp_(), alpha=ce_weight)
-        _add_at(grad, labels, -ce_weight)
-    return logz, parts, grad
+    """A few rows at a time on a CPU: everything here is as wide as the vocabulary."""
+    teacher_CV = targets.head.logits(targets.hidden).to(logits_CV)
+    logz, sums = logits_CV.new_empty(len(logits_CV)), logits_CV.new_zeros(len(PARTS) - 1)
+    step = CACHED_ROWS if logits_CV.device.type == "cpu" else max(1, len(logits_CV))
+    for start in range(0, len(logits_CV), step):
+        rows = slice(start, start + step)
+        logits, teacher = logits_CV[rows], teacher_CV[rows]
+        student_logprobs = torch.log_softmax(logits / objective.temperature, dim=1)
+        whole = _Whole(torch.log_softmax(teacher / objective.temperature, dim=1))
+        no_tail = torch.full_like(student_logprobs[:, 0], -torch.inf)
+        divergence, g, _ = _differentiate(objective.divergence, whole, student_logprobs, no_tail, with_grad)
+        agree = first_choice[rows] == teacher.argmax(1)
+        sums += _parts(objective, whole, student_logprobs, no_tail, divergence, agree)
+        powers, total, logz[rows] = _exponentials(logits)
+        if g is not None:
+            g.sub_(student_logprobs.exp_().mul_(g.sum(1, keepdim=True))).mul_(kd_weight * objective.temperature)
+            torch.add(g, powers.mul_((ce_weight / total)[:, None]), out=logits)
+    if with_grad and ce_weight:
+        _add_at(logits_CV, labels, -ce_weight)
+    return logz, sums, logits_CV if with_grad else None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Whole:
+    """``[C, V]`` logprobs of the teacher, at every token."""
+
+    logprobs: torch.Tensor
 
 
 def _divergence(
-    divergence: Divergence, targets: BucketTargets, log_p: torch.Tensor, log_p_tail: torch.Tensor
+    divergence: Divergence, targets: BucketTargets | _Whole, log_p: torch.Tensor, log_p_tail: torch.Tensor
 ) -> torch.Tensor:
+    if isinstance(targets, _Whole):
+        return divergence.on_everything(targets.logprobs, log_p)
     if targets.ratios is None:
         return divergence.on_buckets(targets.logprobs, targets.tail_logprobs, log_p, log_p_tail)
     assert divergence.on_draws is not None, "check_estimator refuses such a loss"
@@ -333,7 +364,7 @@ def _divergence(
 
 def _differentiate(
     divergence: Divergence,
-    targets: BucketTargets,
+    targets: BucketTargets | _Whole,
     student_CK: torch.Tensor,
     student_tail: torch.Tensor,
     with_grad: bool,
@@ -351,7 +382,7 @@ def _differentiate(
 
 def _parts(
     objective: Objective,
-    targets: BucketTargets,
+    targets: BucketTargets | _Whole,
     student_CK: torch.Tensor,
     student_tail: torch.Tensor,
     divergence: torch.Tensor,
@@ -362,30 +393,32 @@ def _parts(
     if objective.divergence.name != "forward_kl":
         kl = _divergence(FORWARD_KL, targets, student_CK, student_tail)
     acceptance = 1 - _divergence(TV, targets, student_CK, student_tail)
+    teacher_tail = student_tail if isinstance(targets, _Whole) else targets.tail_logprobs
     return torch.stack(
         [
             divergence.sum(),
             kl.sum(),
             agree.sum().to(kl),
             student_tail.exp().sum(),
-            targets.tail_logprobs.exp().sum(),
+            teacher_tail.exp().sum(),
             acceptance.sum(),
         ]
     )
 
 
-def _logsumexp(values: torch.Tensor) -> torch.Tensor:
-    """Over each row. A few rows at a time on a CPU: the exponentials are a second buffer of the same size otherwise."""
-    if values.device.type != "cpu":
-        return torch.logsumexp(values, dim=1)
-    return torch.cat(
-        [torch.logsumexp(rows, dim=1) for rows in torch.split(values, CACHED_ROWS)] or [values.new_empty(0)]
-    )
+def _exponentials(values_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``exp(z - max)`` in the buffer of z, its sum, and the logsumexp of z, over each row; a row of ``-inf`` sums to 0.
 
-
-def _conditional(tail_CV: torch.Tensor, tail_lse: torch.Tensor) -> torch.Tensor:
-    """``exp(z - tail_lse)`` in the buffer of ``tail_CV``; 0 where there is no tail at all."""
-    return tail_CV.sub_(torch.where(tail_lse == -torch.inf, 0.0, tail_lse)[:, None]).exp_()
+    A few rows at a time on a CPU, so that they are read from memory once.
+    """
+    total, shift = values_CV.new_empty(len(values_CV)), values_CV.new_empty(len(values_CV), 1)
+    step = CACHED_ROWS if values_CV.device.type == "cpu" else max(1, len(values_CV))
+    for start in range(0, len(values_CV), step):
+        rows = slice(start, start + step)
+        part = values_CV[rows]
+        shift[rows] = part.amax(1, keepdim=True).clamp(min=torch.finfo(part.dtype).min)
+        torch.sum(part.sub_(shift[rows]).exp_(), 1, out=total[rows])
+    return values_CV, total, total.log().add_(shift[:, 0])
 
 
 def _add_at(grad_CV: torch.Tensor, labels: torch.Tensor, value: float) -> None:

@@ -43,12 +43,21 @@ class Divergence:
         on_buckets: ``(log_t [N, K], log_t_tail [N], log_p [N, K], log_p_tail [N]) -> [N]``, nats.
         on_draws: ``(ratios [N, K], log_t [N, K], log_p [N, K]) -> [N]`` with ``ratios = tau / t``; None where it is refused.
         refusal: Why it cannot be had from draws.
+        term: What a token adds, where the divergence is a sum over tokens.
     """
 
     name: str
     on_buckets: OnBuckets
     on_draws: OnDraws | None = None
     refusal: str = ""
+    term: Term | None = None
+
+    def on_everything(self, log_t: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
+        """``(log_t [N, V], log_p [N, V]) -> [N]``: nothing left out, nothing unused."""
+        if self.term is not None:
+            return self.term(log_t, log_p).sum(-1)
+        no_tail = torch.full_like(log_p[:, 0], -torch.inf)
+        return self.on_buckets(log_t, no_tail, log_p, no_tail)
 
 
 # --- terms of f-divergences -------------------------------------------------------------------------------------------
@@ -154,7 +163,7 @@ def _f_divergence(name: str, term: Term, slope: float | None, refusal: str = "")
         assert slope is not None, "refused before"
         return over_draws(term, slope, *arguments)
 
-    return Divergence(name, on_buckets, None if slope is None else on_draws, refusal)
+    return Divergence(name, on_buckets, None if slope is None else on_draws, refusal, term)
 
 
 # --- divergences by name ----------------------------------------------------------------------------------------------

@@ -78,6 +78,14 @@ class TrainOptions(Options):
         str | None,
         Field(description="Cache of text that the student wrote, for --loss contrastive; --cache has the teacher's."),
     ] = None
+    lora: Annotated[
+        dict[str, Any],
+        Field(
+            default_factory=dict,
+            description="Train adapters and keep the student's weights: r=16 or any other field of peft.LoraConfig; can be "
+            "given again. Needs kdcache[lora].",
+        ),
+    ]
     attention: Annotated[
         str, Field(description="attn_implementation of transformers; auto is what it takes for the model.")
     ] = "auto"

@@ -27,6 +27,7 @@ from kdcache.models import (
     quiet_progress,
 )
 from kdcache.targets import check_alignment
+from kdcache.train.lora import add_lora
 from kdcache.train.options import TrainOptions
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,8 @@ def train(options: TrainOptions) -> TrainResult:
         check_packing(model)
     _warn_about_sizes(reader, sum(p.numel() for p in model.parameters()))
     set_seed(options.seed)
+    if options.lora:
+        model = add_lora(model, options.lora, options.student)
     trainer = KDTrainer(
         model,
         arguments,
@@ -125,6 +128,7 @@ def train(options: TrainOptions) -> TrainResult:
     results = {
         "student": options.student,
         "num_parameters": sum(p.numel() for p in model.parameters()),
+        "num_trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "steps": outcome.global_step,
         "resumed": checkpoint is not None,
         "train_loss": outcome.training_loss,

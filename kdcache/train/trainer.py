@@ -24,6 +24,7 @@ from kdcache.cache.reader import CacheReader
 from kdcache.calibration import calibration_error
 from kdcache.progress import Progress
 from kdcache.train.forward import Decoders, extend_forward, run_objective
+from kdcache.train.lora import without_adapters
 from kdcache.train.objective import NUM_SUMS, PARTS, Objective
 from kdcache.train.recipe import Recipe, weighted
 from kdcache.train.schedule import Schedule
@@ -40,7 +41,7 @@ class KDTrainer(Trainer):
     """Trains a student from a cache.
 
     Args:
-        model: The student.
+        model: The student; also a ``peft.PeftModel``, of which the adapters are trained.
         args: Any TrainingArguments; ``remove_unused_columns`` is switched off.
         cache: What to train from; or several teachers' caches over the same sequences, each with a weight: the loss is the
             weighted sum of the losses to each (weights are divided by their sum).
@@ -97,7 +98,8 @@ class KDTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # transformers < 5: "the loss is divided by the whole batch already"
         self.loss_is_scaled_for_ga = True
         self._decoders: dict[tuple[bool, float], Decoders] = {}
-        extend_forward(model, self.caches[0][0].vocab_size, chunk_positions, compiled=args.torch_compile)
+        inner = without_adapters(model)
+        extend_forward(inner, self.caches[0][0].vocab_size, chunk_positions, compiled=args.torch_compile)
         self._sums = torch.zeros(NUM_SUMS, dtype=torch.float64)
         self._num_targets = 0
         self.num_tokens_seen = 0

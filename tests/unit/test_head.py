@@ -7,6 +7,7 @@ import torch
 
 from kdcache.calibration import calibration_error
 from kdcache.heads import OutputHead
+from kdcache.train import head as head_module
 from kdcache.train.head import chunk_loss, kd_loss, kd_loss_from_logits
 from kdcache.train.losses import make_divergence
 from kdcache.train.objective import PARTS, BucketTargets, FullTargets, MixedTargets, Objective
@@ -110,8 +111,8 @@ def test_logits_of_a_chunk_only(monkeypatch):
     hidden, head, teacher, labels = model_and_teacher(bias=False)
     hidden, head = hidden.detach().float().requires_grad_(), OutputHead(head.weight.detach().float())
     asked = []
-    plain = OutputHead.logits
-    monkeypatch.setattr(OutputHead, "logits", lambda self, h: asked.append(len(h)) or plain(self, h))
+    plain = head_module._logits_into
+    monkeypatch.setattr(head_module, "_logits_into", lambda out, *given: asked.append(len(out)) or plain(out, *given))
     b = buckets(teacher, 7, 1.0)
     float_targets = BucketTargets(b.token_ids, b.logprobs.float(), b.tail_logprobs.float())
     kd_loss(hidden, head, labels, float_targets, Objective(0.5), chunk_positions=10).loss.backward()
