@@ -43,7 +43,7 @@ def case(n: int):
 def loss(form: str, hidden, weight, labels, targets) -> torch.Tensor:
     """The sum over positions."""
     if form == "chunked":
-        return kd_loss(hidden, OutputHead(weight), labels, targets, Objective(1.0)).loss
+        return kd_loss(hidden, targets, labels, Objective(1.0), head=OutputHead(weight)).loss
     student = torch.log_softmax(hidden @ weight.T, 1)
     if form == "gather":
         kept = student.gather(1, targets.token_ids)

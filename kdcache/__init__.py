@@ -20,13 +20,16 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BucketTargets": "kdcache.train.objective",
     "CacheReader": "kdcache.cache.reader",
     "CacheRow": "kdcache.cache.reader",
     "KDCacheError": "kdcache.errors",
     "KDTrainer": "kdcache.train.trainer",
+    "Objective": "kdcache.train.objective",
     "SparseTargets": "kdcache.targets",
     "TokenSequence": "kdcache.targets",
     "kd_loss": "kdcache.train.head",
+    "make_divergence": "kdcache.train.losses",
     "open_cache": "kdcache.cache.reader",
 }
 __all__ = sorted(_HOMES)

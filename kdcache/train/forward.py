@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kdcache.heads import OutputHead, gather_head, head_of, hidden_states, split_is_exact
-from kdcache.train.head import kd_loss, kd_loss_from_logits
+from kdcache.train.head import kd_loss
+from kdcache.train.lora import without_adapters
 from kdcache.train.objective import LossSums, Objective, Targets
 from kdcache.train.stream import TargetDecoder, decode_all
 
@@ -36,16 +37,17 @@ def run_objective(
 
 
 def extend_forward(
-    model: PreTrainedModel, vocab_size: int, chunk_positions: int | None, *, compiled: bool = False
+    model: PreTrainedModel, vocab_size: int, chunk_positions: int | None = None, *, compiled: bool = False
 ) -> None:
     """Teach a model's ``forward`` the argument ``kd_batch``.
 
     Args:
-        model: The student.
+        model: The student, or a ``peft.PeftModel`` around it.
         vocab_size: V of the cache; the student's further rows are padding.
         chunk_positions: Positions whose logits may exist at a time.
         compiled: The model will be compiled: trunk only, the loss stays eager (its gradient is formed by hand already).
     """
+    model = without_adapters(model)
     plain_forward = model.forward
     exact = split_is_exact(model)
     if not exact:
@@ -54,9 +56,7 @@ def extend_forward(
         )
 
     def sums_of(states: torch.Tensor, head: OutputHead | None, labels: torch.Tensor, targets: Targets | None, objective: Objective) -> LossSums:  # fmt: skip
-        if head is None:
-            return kd_loss_from_logits(states, labels, targets, objective)
-        return kd_loss(states, head, labels, targets, objective, chunk_positions=chunk_positions)
+        return kd_loss(states, targets, labels, objective, head=head, chunk_positions=chunk_positions)
 
     def loss_of(
         states: torch.Tensor, head: OutputHead | None, batch: dict[str, torch.Tensor], targets: Targets | None, objective: Objective

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from kdcache.calibration import calibration_sums
+from kdcache.errors import ConfigError
 from kdcache.heads import OutputHead
 from kdcache.train.losses import Divergence, forward_kl, tv
 from kdcache.train.objective import (
@@ -45,39 +46,58 @@ FORWARD_KL, TV = forward_kl(), tv()
 
 
 def kd_loss(
-    hidden: torch.Tensor,
-    head: OutputHead,
-    labels: torch.Tensor,
+    hidden_or_logits: torch.Tensor,
     targets: Targets | None,
+    labels: torch.Tensor,
     objective: Objective,
     *,
+    head: OutputHead | None = None,
     chunk_positions: int | None = None,
 ) -> LossSums:
-    """Distillation loss of student hidden states, summed over positions.
+    """The distillation loss over N positions, summed: divide ``loss`` by the number of targets of the effective batch.
 
     Args:
-        hidden: ``[N, D]``, the student's last hidden state at every position with a target.
-        head: The student's output head, restricted to the cache's vocabulary.
+        hidden_or_logits: ``[N, D]`` hidden states of the valid positions, any float dtype; or ``[N, V]`` logits of them, whole,
+            where there is no ``head``. They and the head receive gradients.
+        targets: What the teacher said there, at the temperature of the objective; None is enough when alpha is 0.
         labels: ``[N]`` int64, the token at the next position.
-        targets: What the teacher said there; None is enough when alpha is 0.
         objective: Which loss.
-        chunk_positions: Positions whose logits may exist at a time; by default as many as make 32 MB.
+        head: The student's output head, cut to the cache's vocabulary.
+        chunk_positions: Positions whose logits may exist at a time; by default as many as make 24 MB.
+
+    Raises:
+        ConfigError: Targets at another temperature than the objective's, or of another number of positions, or none.
     """
-    if targets is None and objective.alpha != 0:
-        raise ValueError("alpha above 0 needs targets")
+    _check_targets(targets, labels, objective, len(hidden_or_logits))
+    if head is None:
+        return _apply(_LogitsLoss, hidden_or_logits, labels, targets, objective)
     chunk = chunk_positions or max(16, CHUNK_ELEMENTS // head.weight.shape[0])
     return _apply(
-        _ChunkedLoss, hidden, head.weight, head.bias, head, labels, targets, objective, chunk, torch.is_grad_enabled()
-    )
+        _ChunkedLoss, hidden_or_logits, head.weight, head.bias, head, labels, targets, objective, chunk,
+        torch.is_grad_enabled(),
+    )  # fmt: skip
 
 
-def kd_loss_from_logits(
-    logits: torch.Tensor, labels: torch.Tensor, targets: Targets | None, objective: Objective
-) -> LossSums:
-    """The same loss from logits ``[N, V]`` that exist already: for heads that :class:`OutputHead` does not describe."""
-    if targets is None and objective.alpha != 0:
-        raise ValueError("alpha above 0 needs targets")
-    return _apply(_LogitsLoss, logits, labels, targets, objective)
+def _check_targets(targets: Targets | None, labels: torch.Tensor, objective: Objective, num_positions: int) -> None:
+    parts = [part for _, part in targets.parts] if isinstance(targets, MixedTargets) else [targets]
+    for part in parts:
+        if part is None:
+            if objective.alpha != 0:
+                raise ConfigError(
+                    f"alpha {objective.alpha:g} needs targets, found none", hint="alpha 0 is labels alone"
+                )
+            continue
+        if part.temperature != objective.temperature:
+            raise ConfigError(
+                f"the targets are at temperature {part.temperature:g}, the objective at {objective.temperature:g}",
+                hint="read the targets at the temperature of the objective",
+            )
+        if not len(part) == len(labels) == num_positions:
+            raise ConfigError(
+                f"as many targets and labels as positions were expected: {num_positions} positions, {len(part)} targets, "
+                f"{len(labels)} labels",
+                hint="keep the positions where TokenSequence.target_mask is set, in order",
+            )
 
 
 def _apply(function: Any, *arguments: Any) -> LossSums:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from kdcache.calibration import NUM_BINS
+from kdcache.errors import ConfigError
 from kdcache.heads import OutputHead
+from kdcache.targets import SparseTargets
 from kdcache.train.losses import Divergence, forward_kl
 
 PARTS = (
@@ -32,16 +36,53 @@ class BucketTargets:
         tail_logprobs: ``[N]`` float32.
         ratios: ``[N, K]`` float32, ``tau / t`` of entries that were drawn (``SparseTargets.weights_at``), 0 in unused slots;
             None where entries and tail are the distribution.
+        temperature: T.
     """
 
     token_ids: torch.Tensor
     logprobs: torch.Tensor
     tail_logprobs: torch.Tensor
     ratios: torch.Tensor | None = None
+    temperature: float = 1.0
+
+    @staticmethod
+    def of(targets: Sequence[SparseTargets], temperature: float, device: torch.device | str = "cpu") -> BucketTargets:
+        """Of the positions of several sequences, one after the other.
+
+        Raises:
+            ConfigError: The temperature is not declared, or the targets are hidden states (``TargetDecoder`` reads those).
+        """
+        if any(one.hidden is not None for one in targets):
+            raise ConfigError(
+                "hidden targets are not entries and a tail",
+                hint="TargetDecoder.for_cache(cache, temperature, device) reads them with the teacher's head",
+            )
+        num_entries = np.concatenate([one.num_entries for one in targets]).astype(np.int64)
+        logprobs, tails = zip(*(one.at_temperature(temperature) for one in targets), strict=True)
+        slots = np.arange(max(int(num_entries.max(initial=0)), 1))
+        used = slots < num_entries[:, None]
+        entry = (np.cumsum(num_entries) - num_entries)[:, None] + np.where(used, slots, 0)
+
+        def padded(values: Iterable[np.ndarray], unused: float) -> torch.Tensor:
+            return torch.from_numpy(np.where(used, np.concatenate(list(values))[entry], np.float32(unused))).to(device)
+
+        ids = np.concatenate([one.token_ids for one in targets]).astype(np.int64)[entry]
+        logprobs_NK = padded(logprobs, -np.inf)
+        ratios_NK = None
+        if targets[0].counts is not None:
+            weights_NK = padded((one.weights_at(temperature) for one in targets), 0.0)
+            ratios_NK = weights_NK / logprobs_NK.exp().clamp(min=torch.finfo(torch.float32).tiny)
+        tail_N = torch.from_numpy(np.concatenate(tails)).to(device)
+        return BucketTargets(torch.from_numpy(ids).to(device), logprobs_NK, tail_N, ratios_NK, temperature)
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
 
     def __getitem__(self, rows: slice | torch.Tensor) -> BucketTargets:
         ratios = None if self.ratios is None else self.ratios[rows]
-        return BucketTargets(self.token_ids[rows], self.logprobs[rows], self.tail_logprobs[rows], ratios)
+        return BucketTargets(
+            self.token_ids[rows], self.logprobs[rows], self.tail_logprobs[rows], ratios, self.temperature
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,6 +98,9 @@ class FullTargets:
     hidden: torch.Tensor
     head: OutputHead
     temperature: float
+
+    def __len__(self) -> int:
+        return len(self.hidden)
 
     def __getitem__(self, rows: slice | torch.Tensor) -> FullTargets:
         return FullTargets(self.hidden[rows], self.head, self.temperature)

@@ -286,7 +286,7 @@ class TargetDecoder:
         if "counts" in columns:
             counts_NKT = columns["counts"].int() & 0xFFFF  # uint16 travels as int16
             ratios_NK = draw_ratios(counts_NKT, self.temperature_column, logprobs_NK, tail_N)
-        return BucketTargets(columns["token_ids"].long(), logprobs_NK, tail_N, ratios_NK)
+        return BucketTargets(columns["token_ids"].long(), logprobs_NK, tail_N, ratios_NK, self.temperature)
 
 
 def draw_ratios(counts_NKT: torch.Tensor, column: int, logprobs_NK: torch.Tensor, tail_N: torch.Tensor) -> torch.Tensor:

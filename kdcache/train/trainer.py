@@ -24,7 +24,6 @@ from kdcache.cache.reader import CacheReader
 from kdcache.calibration import calibration_error
 from kdcache.progress import Progress
 from kdcache.train.forward import Decoders, extend_forward, run_objective
-from kdcache.train.lora import without_adapters
 from kdcache.train.objective import NUM_SUMS, PARTS, Objective
 from kdcache.train.recipe import Recipe, weighted
 from kdcache.train.schedule import Schedule
@@ -98,8 +97,7 @@ class KDTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # transformers < 5: "the loss is divided by the whole batch already"
         self.loss_is_scaled_for_ga = True
         self._decoders: dict[tuple[bool, float], Decoders] = {}
-        inner = without_adapters(model)
-        extend_forward(inner, self.caches[0][0].vocab_size, chunk_positions, compiled=args.torch_compile)
+        extend_forward(model, self.caches[0][0].vocab_size, chunk_positions, compiled=args.torch_compile)
         self._sums = torch.zeros(NUM_SUMS, dtype=torch.float64)
         self._num_targets = 0
         self.num_tokens_seen = 0

@@ -64,7 +64,7 @@ def test_one_datum(tmp_path, tiny_teacher, tiny_student, corpus_file):
     hidden = hidden_states(student, batch["input_ids"], batch["position_ids"])[batch["target_mask"]]
     labels = batch["input_ids"].roll(-1, dims=1)[batch["target_mask"]]
     sums = kd_loss(
-        hidden, head_of(student).first(reader.vocab_size), labels, on_device, Objective(0.7, temperature=2.0)
+        hidden, on_device, labels, Objective(0.7, temperature=2.0), head=head_of(student).first(reader.vocab_size)
     )
     (sums.loss / len(labels)).backward()
     assert student.get_input_embeddings().weight.grad.abs().sum() > 0

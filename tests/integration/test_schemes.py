@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from kdcache.cache.reader import open_cache
@@ -12,6 +13,8 @@ from kdcache.cache.shard import content_hash
 from kdcache.cli import main
 from kdcache.dump.launch import dump
 from kdcache.errors import CacheMismatchError, ConfigError
+from kdcache.train.objective import BucketTargets
+from kdcache.train.stream import CacheDataset, TargetDecoder, collate
 from tests.abuse.crashes import assert_same, contents
 from tests.conftest import VOCAB_SIZE, make_llama
 from tests.integration.test_dump import options, own_logits
@@ -102,6 +105,29 @@ def test_packed_codec_holds_every_scheme(tmp_path, caches, tiny_teacher, corpus_
             np.testing.assert_array_equal(exact.targets.counts, packed.targets.counts)
         bound = reader.codec.logprob_error_bound(exact.targets.logprobs)
         assert (np.abs(exact.targets.logprobs - packed.targets.logprobs) <= bound).all()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_sparse_targets_by_hand_are_what_the_decoder_gives(caches, scheme):
+    """``BucketTargets.of``, from numpy, and ``TargetDecoder``, from the codec's integers: twins."""
+    reader, indices = open_cache(caches / scheme), [0, 1, 2]
+    data = CacheDataset(reader)
+    for temperature in (1.0, 2.0):
+        decoded = TargetDecoder.for_cache(reader, temperature, torch.device("cpu")).decode(
+            collate([data[i] for i in indices])
+        )
+        by_hand = BucketTargets.of([reader[i].targets for i in indices], temperature)
+        assert torch.equal(by_hand.token_ids, decoded.token_ids)
+        torch.testing.assert_close(by_hand.logprobs, decoded.logprobs, rtol=0, atol=1e-5)
+        torch.testing.assert_close(by_hand.tail_logprobs, decoded.tail_logprobs, rtol=0, atol=1e-6)
+        assert (by_hand.ratios is None) == (decoded.ratios is None) == (scheme in ("top_k", "top_p"))
+        if by_hand.ratios is not None:
+            torch.testing.assert_close(by_hand.ratios, decoded.ratios, rtol=1e-4, atol=1e-5)
+
+
+def test_hidden_states_are_no_buckets(caches):
+    with pytest.raises(ConfigError, match="not entries and a tail"):
+        BucketTargets.of([open_cache(caches / "hidden")[0].targets], 1.0)
 
 
 def test_schemes_from_the_command_line(tmp_path, tiny_teacher, corpus_file):

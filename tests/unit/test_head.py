@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from kdcache.calibration import calibration_error
+from kdcache.errors import ConfigError
 from kdcache.heads import OutputHead
 from kdcache.train import head as head_module
-from kdcache.train.head import chunk_loss, kd_loss, kd_loss_from_logits
+from kdcache.train.head import chunk_loss, kd_loss
 from kdcache.train.losses import make_divergence
 from kdcache.train.objective import PARTS, BucketTargets, FullTargets, MixedTargets, Objective
 
@@ -27,7 +28,8 @@ def model_and_teacher(*, bias, scale=1.0, softcap=None, seed=0):
 def buckets(teacher, k, temperature):
     logp = torch.log_softmax(teacher / temperature, -1)
     ids = teacher.topk(k).indices.sort(1).values
-    return BucketTargets(ids, logp.gather(1, ids), logp.scatter(1, ids, -torch.inf).logsumexp(1))
+    tail = logp.scatter(1, ids, -torch.inf).logsumexp(1)
+    return BucketTargets(ids, logp.gather(1, ids), tail, temperature=temperature)
 
 
 def dense_logits(hidden, head):
@@ -66,7 +68,7 @@ def assert_same_loss_and_gradients(ours, plain, hidden, head):
 def test_values_and_gradients_equal_dense_autograd(k, temperature, alpha, extras):
     hidden, head, teacher, labels = model_and_teacher(**extras)
     targets = buckets(teacher, k, temperature)
-    ours = kd_loss(hidden, head, labels, targets, Objective(alpha, temperature), chunk_positions=10)
+    ours = kd_loss(hidden, targets, labels, Objective(alpha, temperature), head=head, chunk_positions=10)
     plain = dense_loss(dense_logits(hidden, head), labels, targets, alpha, temperature)
     assert_same_loss_and_gradients(ours.loss, plain, hidden, head)
 
@@ -78,8 +80,10 @@ def test_full_targets_equal_all_entries_kept(alpha, temperature):
     states, teacher_head = torch.randint(-2, 3, (N, 5)).float(), OutputHead(torch.randint(-2, 3, (V, 5)).float())
     teacher = teacher_head.logits(states).double()
     objective = Objective(alpha, temperature)
-    full = kd_loss(hidden, head, labels, FullTargets(states, teacher_head, temperature), objective, chunk_positions=9)
-    kept = kd_loss(hidden, head, labels, buckets(teacher, V, temperature), objective)
+    full = kd_loss(
+        hidden, FullTargets(states, teacher_head, temperature), labels, objective, head=head, chunk_positions=9
+    )
+    kept = kd_loss(hidden, buckets(teacher, V, temperature), labels, objective, head=head)
     torch.testing.assert_close(full.loss, kept.loss, rtol=0, atol=1e-10)
     for a, b in zip(grads_of(full.loss, hidden, head), grads_of(kept.loss, hidden, head), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
@@ -88,9 +92,9 @@ def test_full_targets_equal_all_entries_kept(alpha, temperature):
 def test_logits_path_equals_head_path():
     hidden, head, teacher, labels = model_and_teacher(bias=True)
     targets, objective = buckets(teacher, 7, 2.0), Objective(0.6, 2.0)
-    through_head = kd_loss(hidden, head, labels, targets, objective, chunk_positions=8)
+    through_head = kd_loss(hidden, targets, labels, objective, head=head, chunk_positions=8)
     logits = dense_logits(hidden, head)
-    through_logits = kd_loss_from_logits(logits, labels, targets, objective)
+    through_logits = kd_loss(logits, targets, labels, objective)
     torch.testing.assert_close(through_head.loss, through_logits.loss, rtol=0, atol=1e-10)
     for a, b in zip(
         grads_of(through_head.loss, hidden, head), grads_of(through_logits.loss, hidden, head), strict=True
@@ -101,7 +105,7 @@ def test_logits_path_equals_head_path():
 def test_chunks_do_not_matter():
     hidden, head, teacher, labels = model_and_teacher(bias=False)
     targets, objective = buckets(teacher, 7, 1.0), Objective(0.5)
-    losses = [kd_loss(hidden, head, labels, targets, objective, chunk_positions=c).loss for c in (1, 5, 37, 100)]
+    losses = [kd_loss(hidden, targets, labels, objective, head=head, chunk_positions=c).loss for c in (1, 5, 37, 100)]
     for loss in losses[1:]:
         torch.testing.assert_close(loss, losses[0], rtol=0, atol=1e-10)
 
@@ -115,7 +119,7 @@ def test_logits_of_a_chunk_only(monkeypatch):
     monkeypatch.setattr(head_module, "_logits_into", lambda out, *given: asked.append(len(out)) or plain(out, *given))
     b = buckets(teacher, 7, 1.0)
     float_targets = BucketTargets(b.token_ids, b.logprobs.float(), b.tail_logprobs.float())
-    kd_loss(hidden, head, labels, float_targets, Objective(0.5), chunk_positions=10).loss.backward()
+    kd_loss(hidden, float_targets, labels, Objective(0.5), head=head, chunk_positions=10).loss.backward()
     assert asked == [10, 10, 10, 7]
 
 
@@ -128,7 +132,7 @@ def test_unused_slots_change_nothing():
         narrow.tail_logprobs,
     )
     objective = Objective(0.7)
-    a, b = (kd_loss(hidden, head, labels, t, objective, chunk_positions=11) for t in (narrow, wide))
+    a, b = (kd_loss(hidden, t, labels, objective, head=head, chunk_positions=11) for t in (narrow, wide))
     torch.testing.assert_close(a.loss, b.loss, rtol=0, atol=1e-12)
     for x, y in zip(grads_of(a.loss, hidden, head), grads_of(b.loss, hidden, head), strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
@@ -146,7 +150,7 @@ def test_a_student_tail_that_vanished_has_finite_gradients():
 
 
 def divergence_of(logits, targets, temperature=1.0):
-    sums = kd_loss_from_logits(logits, torch.zeros(len(logits), dtype=torch.long), targets, Objective(1.0, temperature))
+    sums = kd_loss(logits, targets, torch.zeros(len(logits), dtype=torch.long), Objective(1.0, temperature))
     return sums.divergence
 
 
@@ -174,11 +178,11 @@ def test_subset_renormalisation():
     wrong = (teacher + 1.0).scatter(1, ids, teacher.gather(1, ids)).requires_grad_()
     renormalised = torch.log_softmax(wrong.gather(1, ids), -1) - torch.log_softmax(teacher.gather(1, ids), -1)
     assert renormalised.abs().max() < 1e-10, "blind to it"
-    loss = kd_loss_from_logits(wrong, labels, targets, Objective(1.0)).loss
+    loss = kd_loss(wrong, targets, labels, Objective(1.0)).loss
     assert float(loss.detach()) / N > 0.02
     assert torch.autograd.grad(loss, wrong)[0].norm() > 0.1
     right = teacher.clone().requires_grad_()
-    at_teacher = kd_loss_from_logits(right, labels, targets, Objective(1.0)).loss
+    at_teacher = kd_loss(right, targets, labels, Objective(1.0)).loss
     assert abs(float(at_teacher.detach())) < 1e-10
     assert torch.autograd.grad(at_teacher, right)[0].abs().max() < 1e-10
 
@@ -190,8 +194,8 @@ def test_a_teacher_tail_of_any_size_is_finite(tail):
     tail = torch.full((1,), tail, dtype=torch.float64)
     entries = torch.log_softmax(torch.randn(1, 3, dtype=torch.float64), -1) + torch.log(-torch.expm1(tail))
     logits = torch.randn(1, V, dtype=torch.float64, requires_grad=True)
-    loss = kd_loss_from_logits(
-        logits, torch.tensor([1]), BucketTargets(torch.tensor([[0, 4, 9]]), entries, tail), Objective(1.0)
+    loss = kd_loss(
+        logits, BucketTargets(torch.tensor([[0, 4, 9]]), entries, tail), torch.tensor([1]), Objective(1.0)
     ).loss
     assert torch.isfinite(loss)
     assert torch.isfinite(torch.autograd.grad(loss, logits)[0]).all()
@@ -201,9 +205,9 @@ def test_reported_loss_is_the_optimised_one():
     """T^2 stands in the value as in the gradient: a small step along -grad lowers the reported loss by |grad|^2."""
     hidden, head, teacher, labels = model_and_teacher(bias=False)
     targets, objective, step = buckets(teacher, 7, 4.0), Objective(0.8, 4.0), 1e-6
-    loss = kd_loss(hidden, head, labels, targets, objective).loss
+    loss = kd_loss(hidden, targets, labels, objective, head=head).loss
     (grad,) = torch.autograd.grad(loss, hidden)
-    moved = kd_loss(hidden - step * grad, head, labels, targets, objective).loss
+    moved = kd_loss(hidden - step * grad, targets, labels, objective, head=head).loss
     assert float((loss - moved).detach() / step) == pytest.approx(float(grad.square().sum()), rel=1e-3)
 
 
@@ -214,7 +218,7 @@ def test_bf16_loss_math():
     teacher, labels = torch.randn(64, 1000, dtype=torch.float64) * 3, torch.randint(0, 1000, (64,))
     b = buckets(teacher, 16, 1.0)
     targets = BucketTargets(b.token_ids, b.logprobs.float(), b.tail_logprobs.float())
-    ours = kd_loss(hidden.clone().requires_grad_(), OutputHead(weight), labels, targets, Objective(0.5))
+    ours = kd_loss(hidden.clone().requires_grad_(), targets, labels, Objective(0.5), head=OutputHead(weight))
     rounded = torch.nn.functional.linear(hidden, weight).double()
     exact = dense_loss(rounded, labels, b, 0.5, 1.0)
     assert ours.loss.dtype == torch.float32
@@ -224,7 +228,7 @@ def test_bf16_loss_math():
 def test_frozen_head_gets_no_gradient():
     hidden, head, teacher, labels = model_and_teacher(bias=False)
     frozen = OutputHead(head.weight.detach())
-    loss = kd_loss(hidden, frozen, labels, buckets(teacher, 5, 1.0), Objective(0.5)).loss
+    loss = kd_loss(hidden, buckets(teacher, 5, 1.0), labels, Objective(0.5), head=frozen).loss
     loss.backward()
     assert hidden.grad is not None
     assert frozen.weight.grad is None
@@ -232,13 +236,25 @@ def test_frozen_head_gets_no_gradient():
 
 def test_alpha_above_zero_needs_targets():
     hidden, head, _, labels = model_and_teacher(bias=False)
-    with pytest.raises(ValueError, match="targets"):
-        kd_loss(hidden, head, labels, None, Objective(0.5))
+    with pytest.raises(ConfigError, match="needs targets"):
+        kd_loss(hidden, None, labels, Objective(0.5), head=head)
+
+
+def test_targets_of_another_temperature_or_number_are_refused():
+    hidden, head, teacher, labels = model_and_teacher(bias=False)
+    at_2 = buckets(teacher, 5, 2.0)
+    with pytest.raises(ConfigError, match="targets are at temperature 2, the objective at 1"):
+        kd_loss(hidden, at_2, labels, Objective(0.5, 1.0), head=head)
+    mixed = MixedTargets(((0.5, buckets(teacher, 5, 1.0)), (0.5, at_2)))
+    with pytest.raises(ConfigError, match="temperature"):
+        kd_loss(hidden, mixed, labels, Objective(0.5, 1.0), head=head)
+    with pytest.raises(ConfigError, match="37 positions, 36 targets"):
+        kd_loss(hidden, at_2[:36], labels, Objective(0.5, 2.0), head=head)
 
 
 def test_no_position_at_all():
     hidden, head, teacher, labels = model_and_teacher(bias=False)
-    empty = kd_loss(hidden[:0], head, labels[:0], buckets(teacher, 5, 1.0)[0:0], Objective(0.5))
+    empty = kd_loss(hidden[:0], buckets(teacher, 5, 1.0)[0:0], labels[:0], Objective(0.5), head=head)
     assert float(empty.loss.detach()) == 0
     grads = grads_of(empty.loss, hidden, head)
     assert all((grad == 0).all() for grad in grads)
@@ -264,7 +280,7 @@ def autograd_loss(logits, labels, targets, objective):
 
 
 def check_against_autograd(hidden, head, labels, targets, objective):
-    ours = kd_loss(hidden, head, labels, targets, objective, chunk_positions=10)
+    ours = kd_loss(hidden, targets, labels, objective, head=head, chunk_positions=10)
     plain = autograd_loss(dense_logits(hidden, head), labels, targets, objective)
     assert_same_loss_and_gradients(ours.loss, plain, hidden, head)
     return ours
@@ -285,7 +301,7 @@ def test_every_divergence_from_draws_equals_autograd(name, temperature):
     hidden, head, teacher, labels = model_and_teacher(bias=False)
     b = buckets(teacher, 7, temperature)
     torch.manual_seed(3)
-    targets = BucketTargets(b.token_ids, b.logprobs, b.tail_logprobs, torch.rand_like(b.logprobs) * 3)
+    targets = BucketTargets(b.token_ids, b.logprobs, b.tail_logprobs, torch.rand_like(b.logprobs) * 3, temperature)
     sums = check_against_autograd(hidden, head, labels, targets, Objective(0.6, temperature, make_divergence(name)))
     assert float(sums.student_tail_mass) > 0
 
@@ -296,7 +312,7 @@ def test_several_teachers_sum_their_losses(name):
     other = torch.randn(N, V, dtype=torch.float64)
     parts = ((0.7, buckets(teacher, 7, 1.0)), (0.3, buckets(other, 12, 1.0)))
     objective = Objective(0.6, 1.0, make_divergence(name))
-    ours = kd_loss(hidden, head, labels, MixedTargets(parts), objective, chunk_positions=10)
+    ours = kd_loss(hidden, MixedTargets(parts), labels, objective, head=head, chunk_positions=10)
     plain = sum(w * autograd_loss(dense_logits(hidden, head), labels, part, objective) for w, part in parts)
     assert_same_loss_and_gradients(ours.loss, plain, hidden, head)
 
@@ -308,8 +324,8 @@ def test_several_teachers_have_the_gradient_of_their_mixture():
     objective = Objective(1.0)
     summed = MixedTargets(((0.7, buckets(teacher, V, 1.0)), (0.3, buckets(other, V, 1.0))))
     mixture = (0.7 * torch.softmax(teacher, -1) + 0.3 * torch.softmax(other, -1)).log()
-    ours = grads_of(kd_loss(hidden, head, labels, summed, objective).loss, hidden, head)
-    theirs = grads_of(kd_loss(hidden, head, labels, buckets(mixture, V, 1.0), objective).loss, hidden, head)
+    ours = grads_of(kd_loss(hidden, summed, labels, objective, head=head).loss, hidden, head)
+    theirs = grads_of(kd_loss(hidden, buckets(mixture, V, 1.0), labels, objective, head=head).loss, hidden, head)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
@@ -317,7 +333,7 @@ def test_several_teachers_have_the_gradient_of_their_mixture():
 def test_reported_parts_equal_dense_ones():
     hidden, head, teacher, labels = model_and_teacher(bias=False)
     objective = Objective(0.5, 1.0, make_divergence("reverse_kl"))
-    sums = kd_loss(hidden, head, labels, buckets(teacher, V, 1.0), objective, chunk_positions=10)
+    sums = kd_loss(hidden, buckets(teacher, V, 1.0), labels, objective, head=head, chunk_positions=10)
     t, logits = torch.softmax(teacher, -1), dense_logits(hidden, head).detach()
     p = torch.softmax(logits, -1)
     expected = {
@@ -332,7 +348,7 @@ def test_reported_parts_equal_dense_ones():
     assert tuple(expected) == PARTS
     for name, value in expected.items():
         torch.testing.assert_close(getattr(sums, name), value, rtol=0, atol=1e-10)
-    kept = kd_loss(hidden, head, labels, buckets(teacher, 5, 1.0), objective)
+    kept = kd_loss(hidden, buckets(teacher, 5, 1.0), labels, objective, head=head)
     ids = teacher.topk(5).indices
     torch.testing.assert_close(kept.student_tail_mass, (1 - p.gather(1, ids).sum(1)).sum())
     torch.testing.assert_close(kept.teacher_tail_mass, (1 - t.gather(1, ids).sum(1)).sum())
@@ -342,6 +358,6 @@ def test_calibration_error_by_hand():
     """Sure and right half of the time: the error is the gap."""
     logits = torch.full((4, 3), -50.0, dtype=torch.float64)
     logits[:, 0] = 0.0
-    sums = kd_loss_from_logits(logits, torch.tensor([0, 0, 1, 2]), None, Objective(0.0))
+    sums = kd_loss(logits, None, torch.tensor([0, 0, 1, 2]), Objective(0.0))
     assert sums.calibration.sum(0).tolist() == pytest.approx([4, 4, 2])
     assert calibration_error(sums.calibration) == pytest.approx(0.5)
