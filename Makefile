@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: help setup demo test check lint typecheck bench prove prove-crash prove-online-offline prove-estimators prove-families \
-	prove-students prove-defaults test-oldest clean
+	prove-students prove-defaults prove-gradients prove-controls prove-cost test-oldest clean
 
 help:
 	@echo "make demo | test | check | lint | typecheck | bench | test-oldest | prove-NAME | clean"
@@ -46,10 +46,21 @@ bench: setup
 	$(PY) benchmarks/bench_loss.py
 	$(PY) benchmarks/bench_train_step.py
 
-prove: prove-crash prove-online-offline prove-estimators prove-families prove-students prove-defaults
+prove: prove-crash prove-gradients prove-online-offline prove-controls prove-estimators prove-families prove-cost \
+	prove-students prove-defaults
 
 prove-crash: setup
 	$(PY) benchmarks/prove_crash.py
+
+prove-gradients: setup
+	$(PY) benchmarks/prove_gradients.py
+
+prove-controls: setup
+	$(PY) benchmarks/prove_controls.py
+
+prove-cost: setup
+	$(PY) benchmarks/bench_loss.py
+	$(PY) benchmarks/bench_train_step.py
 
 prove-online-offline: setup
 	$(PY) benchmarks/prove_online_offline.py

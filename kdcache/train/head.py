@@ -395,7 +395,12 @@ def _differentiate(
     with torch.enable_grad():
         log_p, log_p_tail = student_CK.detach().requires_grad_(), student_tail.detach().requires_grad_()
         value = _divergence(divergence, targets, log_p, log_p_tail)
-        grads = torch.autograd.grad(value.sum(), [log_p, log_p_tail], allow_unused=True)
+        # A loss of labels alone does not look at the student's distribution.
+        grads = (
+            torch.autograd.grad(value.sum(), [log_p, log_p_tail], allow_unused=True)
+            if value.requires_grad
+            else (None, None)
+        )
     g_CK, g_tail = (torch.zeros_like(x) if g is None else g for x, g in zip((log_p, log_p_tail), grads, strict=True))
     return value.detach(), g_CK, g_tail
 
