@@ -69,7 +69,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.memory_of:
         given = case(args.size)
-        run(args.memory_of, tuple(part[:16] if part is not given[1] else part for part in given))  # code and its buffers
+        run(
+            args.memory_of, tuple(part[:16] if part is not given[1] else part for part in given)
+        )  # code and its buffers
         print(memory.peak_growth(lambda: run(args.memory_of, given)))
         return
     keep_freed_memory()

@@ -29,7 +29,7 @@ from kdcache.dump.select import Selected, select
 from kdcache.heads import head_of, hidden_states
 from kdcache.models import find_model, load_model, load_tokenizer
 from kdcache.specs import DRAWN, TargetSpec
-from kdcache.train.head import chunk_loss
+from kdcache.train.kernel import chunk_loss
 from kdcache.train.objective import BucketTargets, Objective
 from kdcache.train.stream import draw_ratios
 

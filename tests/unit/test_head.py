@@ -9,7 +9,8 @@ from kdcache.calibration import calibration_error
 from kdcache.errors import ConfigError
 from kdcache.heads import OutputHead
 from kdcache.train import head as head_module
-from kdcache.train.head import chunk_loss, kd_loss
+from kdcache.train.head import kd_loss
+from kdcache.train.kernel import chunk_loss
 from kdcache.train.losses import make_divergence
 from kdcache.train.objective import PARTS, BucketTargets, FullTargets, MixedTargets, Objective
 
