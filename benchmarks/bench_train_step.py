@@ -25,7 +25,8 @@ from benchmarks import memory, results_file
 from kdcache.cache.reader import open_cache
 from kdcache.dump.launch import dump
 from kdcache.dump.options import DumpOptions
-from kdcache.models import find_model, keep_freed_memory, load_model
+from kdcache.model_files import find_model
+from kdcache.models import keep_freed_memory, load_model
 from kdcache.train.forward import extend_forward, run_objective
 from kdcache.train.objective import Objective
 from kdcache.train.options import InitOptions

@@ -25,7 +25,8 @@ from kdcache.cache.reader import open_cache
 from kdcache.dump.launch import dump
 from kdcache.dump.options import DumpOptions
 from kdcache.errors import CacheMismatchError
-from kdcache.models import find_model, load_model, load_tokenizer
+from kdcache.model_files import find_model
+from kdcache.models import load_model, load_tokenizer
 from kdcache.train.options import InitOptions, TrainOptions
 from kdcache.train.run import train
 from kdcache.train.student import init_student

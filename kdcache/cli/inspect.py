@@ -99,7 +99,8 @@ def show_sequence(reader: CacheReader, index: int, top: int, positions: int) -> 
 def _speller(reader: CacheReader, name: str | None) -> Any:
     """Token id to text; to its number where the tokenizer is not at hand."""
     from kdcache.errors import ModelError
-    from kdcache.models import find_model, load_tokenizer
+    from kdcache.model_files import find_model
+    from kdcache.models import load_tokenizer
 
     try:
         tokenizer = load_tokenizer(find_model(name or reader.spec.teacher.name))

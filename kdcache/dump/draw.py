@@ -22,7 +22,7 @@ import torch
 from kdcache.specs import TargetSpec
 
 BLOCK = 256
-CPU_ROWS = 64
+CPU_ROWS = 8
 GPU_ROWS = 512
 
 

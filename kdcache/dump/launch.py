@@ -29,7 +29,8 @@ from kdcache.dump.options import DumpOptions
 from kdcache.dump.plan import finished_before, make_plan, warn_about_versions
 from kdcache.errors import CacheIncompleteError, ConfigError, KDCacheError
 from kdcache.heads import check_packing, head_of
-from kdcache.models import find_model, keep_freed_memory, load_model, load_tokenizer, parse_dtype
+from kdcache.model_files import find_model
+from kdcache.models import keep_freed_memory, load_model, load_tokenizer, parse_dtype
 from kdcache.progress import Progress, launched_rank
 
 if TYPE_CHECKING:

@@ -18,16 +18,8 @@ from kdcache.corpus import detect_columns, load_rows, mean_row_tokens, source_di
 from kdcache.dump.average import describe_averaged
 from kdcache.dump.options import DEFAULT_SHARD_POSITIONS, MIN_SHARDS, DumpOptions
 from kdcache.errors import CacheMismatchError, ConfigError
-from kdcache.models import (
-    describe_model,
-    describe_tokenizer,
-    find_model,
-    load_config,
-    load_tokenizer,
-    model_digest,
-    parse_dtype,
-    pick_device,
-)
+from kdcache.model_files import find_model, model_digest
+from kdcache.models import describe_model, describe_tokenizer, load_config, load_tokenizer, parse_dtype, pick_device
 from kdcache.specs import CodecSpec, ComputeSpec, CorpusSpec, TeacherSpec
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ import torch
 from kdcache.cache.reader import CacheReader
 from kdcache.calibration import NUM_BINS, calibration_error, calibration_sums, overconfidence
 from kdcache.heads import OutputHead, check_packing, head_of, hidden_states, split_is_exact
-from kdcache.models import check_student, find_model, load_model, load_tokenizer
+from kdcache.model_files import find_model
+from kdcache.models import check_student, load_model, load_tokenizer
 from kdcache.targets import TokenSequence
 
 if TYPE_CHECKING:

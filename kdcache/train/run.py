@@ -17,15 +17,8 @@ from kdcache.cache.reader import CacheReader, open_cache
 from kdcache.config import read_section, write_provenance
 from kdcache.errors import CacheMismatchError, ConfigError
 from kdcache.heads import check_packing
-from kdcache.models import (
-    check_student,
-    find_model,
-    keep_freed_memory,
-    load_model,
-    load_tokenizer,
-    pick_device,
-    quiet_progress,
-)
+from kdcache.model_files import find_model
+from kdcache.models import check_student, keep_freed_memory, load_model, load_tokenizer, pick_device, quiet_progress
 from kdcache.targets import check_alignment
 from kdcache.train.lora import add_lora
 from kdcache.train.options import TrainOptions

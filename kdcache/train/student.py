@@ -13,14 +13,8 @@ from kdcache.cache.commit import check_no_cache
 from kdcache.corpus import load_rows
 from kdcache.errors import ConfigError, ModelError
 from kdcache.heads import trunk_of
-from kdcache.models import (
-    find_model,
-    load_config,
-    load_model,
-    load_tokenizer,
-    parse_dtype,
-    quiet_progress,
-)
+from kdcache.model_files import find_model
+from kdcache.models import load_config, load_model, load_tokenizer, parse_dtype, quiet_progress
 from kdcache.train.options import InitOptions
 
 if TYPE_CHECKING:

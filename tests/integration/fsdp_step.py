@@ -9,7 +9,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from kdcache.cache.reader import open_cache
-from kdcache.models import find_model, load_model
+from kdcache.model_files import find_model
+from kdcache.models import load_model
 from kdcache.train.forward import extend_forward, run_objective
 from kdcache.train.objective import Objective
 from kdcache.train.stream import CacheDataset, TargetDecoder, collate

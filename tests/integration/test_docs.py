@@ -8,7 +8,8 @@ import torch
 
 from kdcache.cache.reader import open_cache
 from kdcache.dump.launch import dump
-from kdcache.models import find_model, load_model, load_tokenizer
+from kdcache.model_files import find_model
+from kdcache.models import load_model, load_tokenizer
 from tests.integration.test_dump import options
 from tests.integration.test_train import losses, run
 

@@ -10,7 +10,8 @@ import torch
 
 from kdcache.cache.reader import open_cache
 from kdcache.dump.launch import dump
-from kdcache.models import find_model, load_model
+from kdcache.model_files import find_model
+from kdcache.models import load_model
 from kdcache.train.forward import extend_forward, run_objective
 from kdcache.train.objective import Objective
 from kdcache.train.stream import CacheDataset, TargetDecoder, collate

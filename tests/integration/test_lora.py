@@ -9,7 +9,8 @@ import torch
 from kdcache.cache.reader import open_cache
 from kdcache.errors import ConfigError, ModelError
 from kdcache.evaluate.metrics import TeacherStates, evaluate_model
-from kdcache.models import find_model, load_model, model_digest
+from kdcache.model_files import find_model, model_digest
+from kdcache.models import load_model
 from kdcache.train.options import TrainOptions
 from kdcache.train.run import train
 from tests.integration.test_train import losses, make_cache

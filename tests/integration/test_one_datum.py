@@ -13,7 +13,8 @@ from kdcache.dump.options import DumpOptions
 from kdcache.dump.plan import make_plan
 from kdcache.dump.worker import ShardSums
 from kdcache.heads import head_of, hidden_states
-from kdcache.models import find_model, load_model, load_tokenizer
+from kdcache.model_files import find_model
+from kdcache.models import load_model, load_tokenizer
 from kdcache.train.head import kd_loss
 from kdcache.train.objective import Objective
 from kdcache.train.stream import Item, TargetDecoder, collate

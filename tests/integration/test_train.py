@@ -150,7 +150,7 @@ def test_another_tokenizer_is_refused(tmp_path, top_cache, tiny_student):
     tokenizer = AutoTokenizer.from_pretrained(other)
     tokenizer.add_tokens(["<extra>"])
     tokenizer.save_pretrained(other)
-    with pytest.raises(CacheMismatchError, match=r"different tokenizers.*1 tokens more") as caught:
+    with pytest.raises(CacheMismatchError, match=r"different tokenizers.*1 token more") as caught:
         run(top_cache, str(other), tmp_path / "out")
     assert "init-student" in caught.value.hint
 

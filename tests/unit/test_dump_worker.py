@@ -20,7 +20,8 @@ from kdcache.dump.plan import make_plan
 from kdcache.dump.worker import plan_batches
 from kdcache.errors import ModelError, StoreError, TeacherOutputError
 from kdcache.heads import head_of
-from kdcache.models import find_model, load_model
+from kdcache.model_files import find_model
+from kdcache.models import load_model
 from kdcache.specs import TargetSpec
 from kdcache.targets import SparseTargets, TokenSequence
 from tests.conftest import VOCAB_SIZE, make_llama

@@ -9,14 +9,13 @@ import torch
 import transformers
 
 from kdcache.errors import ConfigError, ModelError
+from kdcache.model_files import find_model, model_digest
 from kdcache.models import (
     describe_model,
     describe_tokenizer,
-    find_model,
     load_config,
     load_model,
     load_tokenizer,
-    model_digest,
     parse_dtype,
     pick_device,
 )
