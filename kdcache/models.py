@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +90,8 @@ def _merge_adapter(model: PreTrainedModel, source: ModelSource) -> PreTrainedMod
         raise ModelError(
             f"adapter {source.adapter} needs the peft package", hint="pip install 'kdcache[lora]'"
         ) from error
-    with _load_errors(source):
+    with _load_errors(source), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers 5 in the words of transformers 4
         try:
             merged: PreTrainedModel = PeftModel.from_pretrained(model, source.adapter).merge_and_unload()
         except RuntimeError as error:  # sizes that do not fit the base model

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -43,8 +44,10 @@ def add_lora(model: PreTrainedModel, fields: Mapping[str, Any], base: str) -> An
             )
     shown = ", ".join(f"{name}={value}" for name, value in fields.items())
     try:
-        config = LoraConfig(**{"target_modules": "all-linear", **fields, "task_type": "CAUSAL_LM"})
-        adapted = get_peft_model(model, config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers 5 in the words of transformers 4
+            config = LoraConfig(**{"target_modules": "all-linear", **fields, "task_type": "CAUSAL_LM"})
+            adapted = get_peft_model(model, config)
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"--lora {shown}: {str(error).splitlines()[0]}", hint="the fields are those of peft.LoraConfig"

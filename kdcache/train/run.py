@@ -297,6 +297,9 @@ def _warn_about_sizes(reader: CacheReader, num_parameters: int) -> None:
 def model_card(options: TrainOptions, results: dict[str, Any]) -> str:
     """README.md of a student folder."""
     cache, objective = results["cache"], results["objective"]
+    fields = ", ".join(f"{name}={value}" for name, value in options.lora.items())
+    trained = f"LoRA on `{options.student}`: {fields}; {results['num_trained_parameters']:,} parameters trained"
+    adapters = [("adapters", trained)] if options.lora else []
     rows = [
         ("teacher", f"`{cache['teacher']}` (digest `{cache['teacher_digest'][:12]}`)"),
         ("cache", f"fingerprint `{cache['fingerprint']}`, {cache['num_positions']:,} tokens of `{cache['dataset']}`"),
@@ -305,6 +308,7 @@ def model_card(options: TrainOptions, results: dict[str, Any]) -> str:
             f"(1 - alpha) CE + alpha T² {objective['loss']}, alpha = {objective['alpha']}, T = {objective['temperature']}"
             + "".join(f", {name} = {value}" for name, value in objective["loss_args"].items()),
         ),
+        *adapters,
         ("steps", f"{results['steps']:,} ({results['train_tokens']:,} tokens), seed {results['seed']}"),
         *(
             (name.removeprefix("eval_"), f"{results[name]:.4f} (held out)")

@@ -42,6 +42,7 @@ def test_only_adapters_move_and_the_folder_is_the_trained_student(tmp_path, cach
     curve = losses(tmp_path / "out")
     assert curve[-1] < curve[0]
     assert not list((tmp_path / "out").glob("model*.safetensors")), "adapters alone are saved"
+    assert "| adapters | LoRA on" in (tmp_path / "out" / "README.md").read_text()
     source = find_model(str(tmp_path / "out"))
     merged = load_model(source, dtype=torch.float32)
     changed = {name for name, value in merged.state_dict().items() if not torch.equal(value, before.state_dict()[name])}
