@@ -20,8 +20,13 @@ from kdcache.cache.store import LocalStore
 from kdcache.dump.launch import dump
 from kdcache.dump.options import DumpOptions
 from kdcache.errors import CacheIncompleteError, CacheMismatchError, ConfigError
+from kdcache.model_files import find_model
+from kdcache.models import load_model
+from kdcache.train.forward import extend_forward, run_objective
+from kdcache.train.objective import Objective
 from kdcache.train.options import TrainOptions
 from kdcache.train.run import last_checkpoint, train
+from kdcache.train.stream import CacheDataset, TargetDecoder, collate
 from tests.conftest import VOCAB_SIZE, make_llama, texts
 from tests.online import live_distillation
 
@@ -233,6 +238,26 @@ def test_normalisation_over_ranks(tmp_path, top_cache, tiny_student):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("6 steps") == 1, "the first rank speaks for all"
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=0, atol=2e-5)
+
+
+def test_packed_loss_equals_the_sum_of_unpacked_losses(tmp_path, tiny_teacher, tiny_student, corpus_file):
+    """Every part of the loss, over a cache of packed sequences and over one of a document a sequence."""
+    found = []
+    for packing in (True, False):
+        options = {"packing": packing, "seq_len": 256, "top_k": 16}
+        reader = open_cache(make_cache(tmp_path / str(packing), tiny_teacher, corpus_file, **options))
+        student, data = load_model(find_model(tiny_student), dtype=torch.float32), CacheDataset(reader)
+        extend_forward(student, reader.vocab_size)
+        decoder = TargetDecoder.for_cache(reader, 2.0, torch.device("cpu"))
+        batch = collate([data[i] for i in range(len(reader))])
+        sums = run_objective(student, batch, Objective(0.7, 2.0), [(1.0, decoder)])
+        sums.loss.backward()
+        found.append((len(reader), int(batch["target_mask"].sum()), sums.flat(), student.lm_head.weight.grad))
+    (packed, first_count, *first), (alone, second_count, *second) = found
+    assert packed < alone
+    assert first_count == second_count
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-4)
 
 
 def test_resume_is_exact(tmp_path, top_cache, tiny_student):
