@@ -49,30 +49,13 @@ bench: setup
 prove: prove-crash prove-gradients prove-online-offline prove-controls prove-estimators prove-families prove-cost \
 	prove-students prove-defaults
 
-prove-crash: setup
-	$(PY) benchmarks/prove_crash.py
-
-prove-gradients: setup
-	$(PY) benchmarks/prove_gradients.py
-
-prove-controls: setup
-	$(PY) benchmarks/prove_controls.py
+PROOFS = crash gradients online-offline controls estimators families students
+$(PROOFS:%=prove-%): prove-%: setup
+	$(PY) benchmarks/prove_$(subst -,_,$*).py
 
 prove-cost: setup
 	$(PY) benchmarks/bench_loss.py
 	$(PY) benchmarks/bench_train_step.py
-
-prove-online-offline: setup
-	$(PY) benchmarks/prove_online_offline.py
-
-prove-estimators: setup
-	$(PY) benchmarks/prove_estimators.py
-
-prove-families: setup
-	$(PY) benchmarks/prove_families.py
-
-prove-students: setup
-	$(PY) benchmarks/prove_students.py
 
 prove-defaults: setup
 	$(PY) benchmarks/prove_students.py --defaults

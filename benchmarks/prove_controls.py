@@ -30,7 +30,7 @@ from kdcache.models import load_model, load_tokenizer
 from kdcache.train.options import InitOptions, TrainOptions
 from kdcache.train.run import train
 from kdcache.train.student import init_student
-from tests.integration.test_train import rewrite, roll
+from tests.integration.test_train import losses, rewrite, roll
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
          "num_key_value_heads": 1}  # fmt: skip
@@ -52,16 +52,15 @@ def shuffle(cache: str) -> Callable:
     return other
 
 
-def losses(cache: str, student: str, output: Path) -> list[float]:
+def trained_losses(cache: str, student: str, output: Path) -> list[float]:
     train(TrainOptions(cache=cache, student=student, output=str(output), max_steps=STEPS, logging_steps=1,
                        per_device_train_batch_size=2, learning_rate=1e-3))  # fmt: skip
-    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if "loss" in line]
+    return losses(output)
 
 
 def refusal(cache: str, student: str, output: Path) -> str:
     try:
-        losses(cache, student, output)
+        trained_losses(cache, student, output)
     except CacheMismatchError as error:
         assert not list(output.glob("*.safetensors")), "nothing was trained"
         return error.message
@@ -73,6 +72,15 @@ def with_tokenizer(student: Path, folder: Path, change: Callable[[dict], None]) 
     raw = json.loads((folder / "tokenizer.json").read_text())
     change(raw)
     (folder / "tokenizer.json").write_text(json.dumps(raw))
+    return str(folder)
+
+
+def resized(student: Path, folder: Path, num_rows: int) -> str:
+    """The student with another number of embedding rows."""
+    shutil.copytree(student, folder)
+    model = load_model(find_model(str(student)), dtype=torch.float32)
+    model.resize_token_embeddings(num_rows)
+    model.save_pretrained(folder)
     return str(folder)
 
 
@@ -105,18 +113,12 @@ def main() -> None:
             ("a tokenizer with one token more", refusal(cache, str(root / "longer"), root / "out-longer")),
             ("a tokenizer with two tokens swapped", refusal(cache, swapped, root / "out-swapped")),
         ]
-        small = load_model(find_model(str(student)), dtype=torch.float32)
         num_tokens = open_cache(cache).vocab_size
-        small.resize_token_embeddings(num_tokens - 64)
-        small.save_pretrained(root / "fewer")
-        load_tokenizer(find_model(str(student))).save_pretrained(root / "fewer")
-        rows.append(("64 embedding rows too few", refusal(cache, str(root / "fewer"), root / "out-fewer")))
-        padded = load_model(find_model(str(student)), dtype=torch.float32)
-        padded.resize_token_embeddings(num_tokens + 64)
-        padded.save_pretrained(root / "padded")
-        load_tokenizer(find_model(str(student))).save_pretrained(root / "padded")
-        plain = losses(cache, str(student), root / "out-plain")
-        more = losses(cache, str(root / "padded"), root / "out-padded")
+        fewer = resized(student, root / "fewer", num_tokens - 64)
+        padded = resized(student, root / "padded", num_tokens + 64)
+        rows.append(("64 embedding rows too few", refusal(cache, fewer, root / "out-fewer")))
+        plain = trained_losses(cache, str(student), root / "out-plain")
+        more = trained_losses(cache, padded, root / "out-padded")
         difference = max(abs(a - b) for a, b in zip(plain, more, strict=True))
         assert difference <= 1e-5, (plain, more)
         rows.append(

@@ -27,6 +27,7 @@ from kdcache.train.options import InitOptions, TrainOptions
 from kdcache.train.run import train
 from kdcache.train.student import init_student
 from tests.conftest import VOCAB_SIZE, make_llama, texts
+from tests.integration.test_train import losses
 from tests.online import live_distillation
 
 
@@ -40,8 +41,7 @@ def compare(
     training = {"optim": "adamw_torch"}
     train(TrainOptions(cache=cache, student=student, output=str(out), max_steps=steps, logging_steps=1,
                        per_device_train_batch_size=2, lr_scheduler_type="constant", training=training, **settings))  # fmt: skip
-    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    offline = [line["loss"] for line in lines if "loss" in line]
+    offline = losses(out)
     weights = load_model(find_model(str(out)), dtype=torch.float32).state_dict()
     difference = max(float((weights[n] - p).abs().max()) for n, p in online.state_dict().items())
     return np.abs(np.array(live) - offline).max(), difference, live[0], live[-1]

@@ -24,7 +24,7 @@ is often most of the mass. So the tail is measured at every declared temperature
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -180,6 +180,22 @@ class SparseTargets:
         num_draws = np.bincount(position, counts, len(self))
         share = (rest / np.maximum(num_draws, 1))[position]
         return np.where(drawn, counts * share, probabilities).astype(np.float32)
+
+
+def in_rectangle(num_entries: npt.NDArray[np.integer[Any]]) -> tuple[BoolArray, npt.NDArray[np.int64]]:
+    """Runs of entries laid out as a rectangle, a row a position.
+
+    Args:
+        num_entries: ``[N]``, entries of each position; they stand one after the other.
+
+    Returns:
+        ``[N, K]`` bool, the slots that are used; ``[N, K]`` int64, the entry of each slot. Unused slots repeat the position's
+        first entry.
+    """
+    sizes = num_entries.astype(np.int64)
+    slots = np.arange(max(int(sizes.max(initial=0)), 1))
+    used = slots < sizes[:, None]
+    return used, (np.cumsum(sizes) - sizes)[:, None] + np.where(used, slots, 0)
 
 
 def rescale_entries(scores: FloatArray, tail_logprobs: FloatArray, num_entries: UIntArray) -> FloatArray:

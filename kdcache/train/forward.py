@@ -55,23 +55,23 @@ def extend_forward(
             "%s: its output head is not understood; using the model's own logits, whole", type(model).__name__
         )
 
-    def sums_of(states: torch.Tensor, head: OutputHead | None, labels: torch.Tensor, targets: Targets | None, objective: Objective) -> LossSums:  # fmt: skip
-        return kd_loss(states, targets, labels, objective, head=head, chunk_positions=chunk_positions)
-
     def loss_of(
         states: torch.Tensor, head: OutputHead | None, batch: dict[str, torch.Tensor], targets: Targets | None, objective: Objective
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         mask = batch["target_mask"]
         states, labels = states[mask], batch["input_ids"].roll(-1, dims=1)[mask]
         if objective.on_student_text is None:
-            sums = sums_of(states, head, labels, targets, objective)
+            sums = kd_loss(states, targets, labels, objective, head=head, chunk_positions=chunk_positions)
         else:
             own = batch["from_student"][:, None].expand_as(mask)[mask]
             sides = ((~own, objective), (own, objective.on_student_text))
             first, second = (
-                sums_of(states[rows], head, labels[rows], None if targets is None else targets[rows], side)
+                kd_loss(
+                    states[rows], None if targets is None else targets[rows], labels[rows], side,
+                    head=head, chunk_positions=chunk_positions,
+                )
                 for rows, side in sides
-            )
+            )  # fmt: skip
             sums = first + second
         return sums.loss, sums.flat()[1:]
 

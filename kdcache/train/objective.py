@@ -11,7 +11,7 @@ import torch
 from kdcache.calibration import NUM_BINS
 from kdcache.errors import ConfigError
 from kdcache.heads import OutputHead
-from kdcache.targets import SparseTargets
+from kdcache.targets import SparseTargets, in_rectangle
 from kdcache.train.losses import Divergence, forward_kl
 
 PARTS = (
@@ -57,11 +57,8 @@ class BucketTargets:
                 "hidden targets are not entries and a tail",
                 hint="TargetDecoder.for_cache(cache, temperature, device) reads them with the teacher's head",
             )
-        num_entries = np.concatenate([one.num_entries for one in targets]).astype(np.int64)
+        used, entry = in_rectangle(np.concatenate([one.num_entries for one in targets]))
         logprobs, tails = zip(*(one.at_temperature(temperature) for one in targets), strict=True)
-        slots = np.arange(max(int(num_entries.max(initial=0)), 1))
-        used = slots < num_entries[:, None]
-        entry = (np.cumsum(num_entries) - num_entries)[:, None] + np.where(used, slots, 0)
 
         def padded(values: Iterable[np.ndarray], unused: float) -> torch.Tensor:
             return torch.from_numpy(np.where(used, np.concatenate(list(values))[entry], np.float32(unused))).to(device)

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from kdcache.cache.codec import CompactTargets
 from kdcache.cache.reader import CacheReader
 from kdcache.heads import OutputHead
-from kdcache.targets import TokenSequence, temperature_index
+from kdcache.targets import TokenSequence, in_rectangle, temperature_index
 from kdcache.train.objective import BucketTargets, FullTargets, MixedTargets, Targets
 
 IGNORED = -100
@@ -200,7 +200,6 @@ def collate(items: list[Item]) -> dict[str, torch.Tensor]:
 
 def _collate_targets(compact: Sequence[CompactTargets]) -> dict[str, np.ndarray[Any, Any]]:
     """Compact targets of several sequences as rectangles ``[N, K]``; unused slots repeat the position's first entry."""
-    num_entries = np.concatenate([targets.num_entries for targets in compact]).astype(np.int64)
     arrays: dict[str, np.ndarray[Any, Any]] = {
         "tails": np.concatenate([targets.tails for targets in compact]),
     }
@@ -208,9 +207,7 @@ def _collate_targets(compact: Sequence[CompactTargets]) -> dict[str, np.ndarray[
         hidden = np.concatenate([targets.hidden for targets in compact if targets.hidden is not None])
         arrays["hidden"] = hidden.view(np.int16) if hidden.dtype == np.uint16 else hidden
         return arrays
-    slots = np.arange(max(int(num_entries.max()), 1))
-    used = slots < num_entries[:, None]
-    entry = (np.cumsum(num_entries) - num_entries)[:, None] + np.where(used, slots, 0)
+    used, entry = in_rectangle(np.concatenate([targets.num_entries for targets in compact]))
     ids = np.concatenate([targets.token_ids for targets in compact])
     arrays["token_ids"] = ids.astype(np.int64 if ids.max(initial=0) >= 1 << 31 else np.int32)[entry]
     arrays["values"] = np.concatenate([targets.values for targets in compact])[entry]
