@@ -90,6 +90,10 @@ class OutputHead:
             tensors = safetensors.torch.load(data)
         except safetensors.SafetensorError as error:
             raise CacheCorruptError(f"output head: not a safetensors file ({error})") from error
+        except KeyError as error:  # the format knows dtypes that its torch reader does not
+            raise CacheCorruptError(
+                f"output head: float32, bfloat16 or float16 tensors were expected, found {error}"
+            ) from error
         weight = tensors.get("weight")
         rows = weight.shape[0] if weight is not None and weight.ndim == 2 and weight.is_floating_point() else None
         expected = {"weight": None, "bias": (rows,), "scale": (1,), "softcap": (1,)}

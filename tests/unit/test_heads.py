@@ -1,5 +1,6 @@
 """A model in two parts, in fourteen families; packed documents; heads as bytes."""
 
+import json
 import pickle
 
 import pytest
@@ -148,6 +149,15 @@ def test_a_head_travels_as_bytes(dtype, extras):
 def test_a_file_that_holds_no_head_is_refused(tensors):
     with pytest.raises(CacheCorruptError, match="were expected, found"):
         OutputHead.from_bytes(safetensors.torch.save(tensors))
+
+
+@pytest.mark.parametrize(("dtype", "num_bytes"), [("F4", 8), ("F6_E2M3", 12), ("F8_E8M0", 16)])
+def test_a_dtype_that_torch_does_not_read_is_refused(dtype, num_bytes):
+    """Valid safetensors, whose reader for torch raises KeyError."""
+    entry = {"dtype": dtype, "shape": [4, 4], "data_offsets": [0, num_bytes]}
+    header = json.dumps({"weight": entry}).encode()
+    with pytest.raises(CacheCorruptError, match=f"tensors were expected, found '{dtype}'"):
+        OutputHead.from_bytes(len(header).to_bytes(8, "little") + header + bytes(num_bytes))
 
 
 def test_bytes_that_are_no_safetensors_file_are_refused():
