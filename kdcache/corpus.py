@@ -68,7 +68,7 @@ def load_rows(dataset: str, split: str, *, config_name: str | None = None) -> Da
             )
         elif Path(dataset).exists():
             raise CorpusError(f"dataset {dataset}: no files of a known kind", hint=f"known are {', '.join(READERS)}")
-        elif "/" in dataset and (dataset.startswith((".", "/", "~")) or dataset.count("/") > 1 or _reader(dataset)):
+        elif dataset.startswith((".", "/", "~")) or dataset.count("/") > 1 or _reader(dataset):
             raise CorpusError(f"dataset {dataset}: no such file or folder")
         else:
             rows = datasets.load_dataset(dataset, config_name, split=split)

@@ -144,6 +144,7 @@ BAD = [
     (["dump-teacher", "--teacher", "{teacher}", "--dataset", "{corpus}", "--output", "{tmp}/c", "--attention", "none_such"],
      "cannot be loaded"),
     (["train-student", "--cache", "/no/cache", "--student", "{teacher}", "--output", "{tmp}/o"], "not a kdcache cache"),
+    (["dump-teacher", "--teacher", "{teacher}", "--dataset", "none.jsonl", "--output", "{tmp}/c"], "no such file"),
     (["train-student", "--cache", "{cache}", "--student", "/no/such", "--output", "{tmp}/o"], "no such folder"),
     (["train-student", "--cache", "{cache}", "--student", "{teacher}", "--output", "{tmp}/o", "--temperature", "3"],
      "not declared"),
