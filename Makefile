@@ -8,10 +8,10 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: help setup demo test check lint typecheck bench prove prove-crash prove-online-offline prove-estimators prove-families \
-	prove-students prove-defaults prove-gradients prove-controls prove-cost test-oldest clean
+	prove-students prove-defaults prove-gradients prove-controls prove-cost prove-english test-oldest test-gpu clean
 
 help:
-	@echo "make demo | test | check | lint | typecheck | bench | test-oldest | prove-NAME | clean"
+	@echo "make demo | test | check | lint | typecheck | bench | test-oldest | test-gpu | prove-NAME | clean"
 
 setup: $(VENV)/.done
 
@@ -26,12 +26,16 @@ demo: setup
 	@echo "kdcache is in $(VENV)/bin: source $(VENV)/bin/activate"
 
 test: setup
-	$(PY) -m pytest -n 2 --dist loadgroup
+	CUDA_VISIBLE_DEVICES= $(PY) -m pytest -n 2 --dist loadgroup
+
+# Where there is a CUDA GPU.
+test-gpu: setup
+	$(PY) -m pytest tests/gpu
 
 test-oldest:
 	python3 -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet -c .ci/constraints-min.txt -e '.[dev]'
-	.venv-oldest/bin/python -m pytest -n 2 --dist loadgroup tests/unit tests/property tests/integration
+	CUDA_VISIBLE_DEVICES= .venv-oldest/bin/python -m pytest -n 2 --dist loadgroup tests/unit tests/property tests/integration
 
 lint: setup
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/lint-imports
@@ -60,5 +64,12 @@ prove-cost: setup
 prove-defaults: setup
 	$(PY) benchmarks/prove_students.py --defaults
 
+# Hours on a CPU; minutes on a GPU with JOBS=8 or so.
+JOBS ?= 2
+prove-english: setup
+	mkdir -p english-output && $(PY) benchmarks/english.py english-output/english.jsonl
+	$(PY) benchmarks/prove_students.py --root english-output --dataset english-output/english.jsonl --held-out 3 --steps 1600 --bf16 --jobs $(JOBS)
+	$(PY) benchmarks/prove_students.py --root english-output --dataset english-output/english.jsonl --held-out 3 --steps 1600 --bf16 --jobs $(JOBS) --defaults
+
 clean:
-	rm -rf $(VENV) .venv-oldest demo-output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest demo-output english-output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

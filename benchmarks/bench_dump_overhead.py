@@ -15,7 +15,6 @@ import argparse
 import io
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import memory, results_file
+from benchmarks import measure, results_file
 from kdcache.cache.commit import claim, publish_plan
 from kdcache.cache.store import LocalStore
 from kdcache.corpus import make_sequences
@@ -38,14 +37,14 @@ TEMPERATURES = (1.0, 2.0, 4.0)
 @torch.inference_mode()
 def bare(model, batches) -> None:
     for batch in batches:
-        input_ids, position_ids = pad_batch(batch)
+        input_ids, position_ids = (part.to(model.device) for part in pad_batch(batch))
         model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits  # noqa: B018
 
 
 @torch.inference_mode()
 def naive(model, batches) -> None:
     for batch in batches:
-        input_ids, position_ids = pad_batch(batch)
+        input_ids, position_ids = (part.to(model.device) for part in pad_batch(batch))
         logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits.float()
         kept = [torch.log_softmax(logits / t, dim=-1).topk(64, dim=-1) for t in TEMPERATURES]
         torch.save([(k.values.half(), k.indices.int()) for k in kept], io.BytesIO())
@@ -92,21 +91,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         forms, num_tokens = prepare(args, folder)
         if args.memory_of:
-            print(memory.peak_growth(forms[args.memory_of]))
+            print(measure.peak_growth(forms[args.memory_of]))
             return
         best = dict.fromkeys(forms, float("inf"))
         ratios: dict[str, list[float]] = {"naive": [], "kdcache": []}
         for round_number in range(args.rounds + 1):
             seconds = {}
             for name, run in forms.items():
-                start = time.perf_counter()
-                run()
-                seconds[name] = time.perf_counter() - start
+                seconds[name] = measure.seconds(run)
             if round_number:  # the first round warms up
                 best = {name: min(best[name], seconds[name]) for name in forms}
                 for name in ratios:
                     ratios[name].append(seconds[name] / seconds["bare"])
-    peaks = memory.of_forms(
+    peaks = measure.of_forms(
         __file__,
         list(forms),
         [

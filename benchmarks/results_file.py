@@ -7,6 +7,8 @@ import platform
 from datetime import UTC, datetime
 from pathlib import Path
 
+import torch
+
 from kdcache.config import library_versions
 
 RESULTS = Path(__file__).parent / "results"
@@ -29,6 +31,8 @@ def write_text(name: str, title: str, body: str) -> Path:
 def _save(name: str, title: str, body: str) -> Path:
     versions = ", ".join(f"{package} {version}" for package, version in library_versions().items())
     machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
+    if torch.cuda.is_available():
+        machine = f"{torch.cuda.get_device_name()}, {machine}"
     path = RESULTS / f"{name}_{datetime.now(UTC):%Y-%m-%d}.md"
     RESULTS.mkdir(exist_ok=True)
     path.write_text(f"# {title}\n\n{body}{machine}; {versions}.\n")

@@ -25,7 +25,7 @@ from kdcache.targets import TokenSequence
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHUNK_ELEMENTS = 1 << 24
+CPU_CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 1 << 24, 1 << 27
 
 
 @dataclass(slots=True)
@@ -167,7 +167,8 @@ def _evaluate(
     """Sums over all positions. ``forward`` gives hidden states for ``head``, logits where that is None, None for the teacher."""
     started = time.monotonic()
     sums, bins = torch.zeros(6, dtype=torch.float64), torch.zeros(NUM_BINS, 3, dtype=torch.float64)
-    chunk = max(16, CHUNK_ELEMENTS // states.reader.vocab_size)
+    elements = CPU_CHUNK_ELEMENTS if states.device == "cpu" else GPU_CHUNK_ELEMENTS
+    chunk = max(16, elements // states.reader.vocab_size)
     for index in range(len(states.reader)):
         sequence, hidden_teacher, labels = states.read(index)
         own = forward(sequence)

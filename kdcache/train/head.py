@@ -24,9 +24,9 @@ from kdcache.train.objective import (
     Targets,
 )
 
-# Elements of a chunk of logits: 25 MB of float32. Positions come in eights: products of other shapes are slower on a CPU and
-# take more memory.
-CHUNK_ELEMENTS = 6 << 20
+# Elements of a chunk of logits: 25 MB of float32 on a CPU, 512 MB on a GPU, where a chunk must be worth its launches.
+# Positions come in eights: products of other shapes are slower and take more memory.
+CPU_CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 6 << 20, 1 << 27
 
 
 def kd_loss(
@@ -47,7 +47,7 @@ def kd_loss(
         labels: ``[N]`` int64, the token at the next position.
         objective: Which loss.
         head: The student's output head, cut to the cache's vocabulary.
-        chunk_positions: Positions whose logits may exist at a time; by default as many as make 25 MB.
+        chunk_positions: Positions whose logits may exist at a time; by default as many as make 25 MB, on a GPU 512 MB.
 
     Raises:
         ConfigError: Targets at another temperature than the objective's, or of another number of positions, or none.
@@ -55,7 +55,8 @@ def kd_loss(
     _check_targets(targets, labels, objective, len(hidden_or_logits))
     if head is None:
         return _apply(_LogitsLoss, hidden_or_logits, labels, targets, objective)
-    chunk = chunk_positions or max(16, CHUNK_ELEMENTS // head.weight.shape[0] // 8 * 8)
+    elements = CPU_CHUNK_ELEMENTS if head.weight.device.type == "cpu" else GPU_CHUNK_ELEMENTS
+    chunk = chunk_positions or max(16, elements // head.weight.shape[0] // 8 * 8)
     return _apply(
         _ChunkedLoss, hidden_or_logits, head.weight, head.bias, head, labels, targets, objective, chunk,
         torch.is_grad_enabled(),
