@@ -103,20 +103,9 @@ def main() -> None:
                 best = {name: min(best[name], seconds[name]) for name in forms}
                 for name in ratios:
                     ratios[name].append(seconds[name] / seconds["bare"])
-    peaks = measure.of_forms(
-        __file__,
-        list(forms),
-        [
-            "--teacher",
-            args.teacher,
-            "--dtype",
-            args.dtype,
-            "--seq-len",
-            str(args.seq_len),
-            "--batch-tokens",
-            str(args.batch_tokens),
-        ],
-    )
+        given = ("teacher", "dtype", "seq_len", "batch_tokens")
+        arguments = [part for name in given for part in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
+        peaks = measure.peaks(forms, __file__, arguments)
     medians = {name: sorted(values)[len(values) // 2] for name, values in ratios.items()}
     results_file.write(
         "bench_dump_overhead", "What selection and writing add to the bare forward",

@@ -90,7 +90,7 @@ def main() -> None:
                 seconds = measure.seconds(run)
                 if number:  # the first round warms up
                     best[name] = min(best[name], seconds)
-    peaks = measure.of_forms(__file__, list(forms), ["--teacher", args.teacher])
+        peaks = measure.peaks(forms, __file__, ["--teacher", args.teacher])
     results_file.write(
         "bench_train_step", "A training step: labels, cached, live",
         [("cached / labels", round(best["cached"] / best["labels"], 3)),

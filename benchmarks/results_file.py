@@ -1,4 +1,4 @@
-"""Where proofs and benchmarks leave what they measured: one dated Markdown file each, with versions."""
+"""Where proofs and benchmarks leave what they measured: one dated Markdown file each, with versions; ``_cuda`` where there was a GPU."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _save(name: str, title: str, body: str) -> Path:
     versions = ", ".join(f"{package} {version}" for package, version in library_versions().items())
     machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
     if torch.cuda.is_available():
-        machine = f"{torch.cuda.get_device_name()}, {machine}"
+        name, machine = f"{name}_cuda", f"{torch.cuda.get_device_name()}, {machine}"
     path = RESULTS / f"{name}_{datetime.now(UTC):%Y-%m-%d}.md"
     RESULTS.mkdir(exist_ok=True)
     path.write_text(f"# {title}\n\n{body}{machine}; {versions}.\n")
