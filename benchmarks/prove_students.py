@@ -9,7 +9,7 @@ cross-entropy of the data (2503.16870). The spread is over seeds.
 
     python benchmarks/prove_students.py [--seeds 3] [--steps 200] [--bf16] [--dataset FILE] [--defaults]
 
-``--dataset`` takes other text, for longer runs (``benchmarks/english.py`` makes some). ``--defaults`` compares T and alpha on the top_k cache instead: what the defaults of train-student come from.
+``--dataset`` takes other text, for longer runs (``benchmarks/english.py`` makes some). ``--defaults`` compares T and alpha on the top_k cache instead, and one that draws: what the defaults of train-student come from.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ DEFAULTS = {
         for t in (1.0, 2.0)
         for a in (0.5, 0.7, 0.9, 1.0)
     },
+    "systematic 50, alpha 0.7": ("systematic_50", "forward_kl", 0.7, 1.0),
 }  # fmt: skip
 METRICS = ("cross_entropy", "forward_kl", "reverse_kl", "top1_agreement", "accuracy", "acceptance_rate", "calibration_error",
            "overconfidence")  # fmt: skip
@@ -171,31 +172,40 @@ def result_file(root: Path, name: str, seed: int) -> Path:
 
 
 def report(root: Path, schemes: dict[str, tuple[str, str, float, float]], args: argparse.Namespace) -> None:
-    found = {name: [json.loads(result_file(root, name, seed).read_text()) for seed in range(args.seeds)]
-             for name in schemes}  # fmt: skip
-    ends = {"ce": found["ce"], "full": found.get("full")}
+    """The table over the seeds that are there."""
+    found: dict[str, dict[int, dict[str, float]]] = {
+        name: {
+            seed: json.loads(result_file(root, name, seed).read_text())
+            for seed in range(args.seeds)
+            if result_file(root, name, seed).exists()
+        }
+        for name in schemes
+    }
+
+    def spread(values: list[float]) -> float:
+        return statistics.stdev(values) if len(values) > 1 else 0.0
 
     def kept(name: str, metric: str) -> str:
-        if ends["full"] is None:
-            return "-"
-        shares = [(ce[metric] - x[metric]) / (ce[metric] - full[metric])
-                  for ce, full, x in zip(ends["ce"], ends["full"], found[name], strict=True)]  # fmt: skip
-        return f"{statistics.mean(shares):.0%} ± {statistics.stdev(shares) if len(shares) > 1 else 0:.0%}"
+        ce, full, own = found["ce"], found.get("full", {}), found[name]
+        shares = [
+            (ce[seed][metric] - own[seed][metric]) / (ce[seed][metric] - full[seed][metric])
+            for seed in sorted(ce.keys() & full.keys() & own.keys())
+        ]
+        return f"{statistics.mean(shares):.0%} ± {spread(shares):.0%}" if shares else "-"
 
     def show(name: str, metric: str) -> str:
-        values = [one[metric] for one in found[name]]
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        values = [one[metric] for one in found[name].values()]
         if metric in ("cross_entropy", "forward_kl", "reverse_kl"):
-            return f"{statistics.mean(values):.3f} ± {spread:.3f}"
-        return f"{statistics.mean(values):.1%} ± {spread:.1%}"
+            return f"{statistics.mean(values):.3f} ± {spread(values):.3f}"
+        return f"{statistics.mean(values):.1%} ± {spread(values):.1%}"
 
     shown = [m for m in METRICS if m != "accuracy"]
-    header = ["targets", "bytes/token", "gap kept, KL", "gap kept, CE", *(m.replace("_", " ") for m in shown)]
+    header = ["targets", "seeds", "bytes/token", "gap kept, KL", "gap kept, CE", *(m.replace("_", " ") for m in shown)]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for name, (cache, *_) in schemes.items():
         size = "-" if name == "ce" else f"{bytes_per_token(root, cache):.0f}"
-        cells = [name, size, kept(name, "forward_kl"), kept(name, "cross_entropy"), *(show(name, m) for m in shown)]
-        lines.append("| " + " | ".join(cells) + " |")
+        cells = [name, len(found[name]), size, kept(name, "forward_kl"), kept(name, "cross_entropy")]
+        lines.append("| " + " | ".join(map(str, [*cells, *(show(name, m) for m in shown)])) + " |")
     title = (
         "T and alpha on a top_k 64 cache"
         if args.defaults
@@ -206,7 +216,7 @@ def report(root: Path, schemes: dict[str, tuple[str, str, float, float]], args: 
     about = (
         f"SmolLM2-135M-Instruct to a student of 14 M parameters with random weights; {args.steps} steps of 8 sequences of "
         f"{args.seq_len} tokens ({passes:.1f} passes over {num_positions(root, 'top_k_64'):,} tokens of {text}; "
-        f"{num_positions(root, 'heldout'):,} held out), learning rate {args.rate:g}, {'bfloat16 autocast' if args.bf16 else 'float32'}; {args.seeds} seeds, mean ± standard deviation.\n\n"
+        f"{num_positions(root, 'heldout'):,} held out), learning rate {args.rate:g}, {'bfloat16 autocast' if args.bf16 else 'float32'}; mean ± standard deviation over seeds.\n\n"
     )
     name = "prove_defaults" if args.defaults else "prove_students"
     if not args.dataset.startswith("builtin:"):

@@ -24,9 +24,9 @@ from kdcache.train.objective import (
     Targets,
 )
 
-# Elements of a chunk of logits: 25 MB of float32 on a CPU, 512 MB on a GPU, where a chunk must be worth its launches.
+# Elements of a chunk of logits: 25 MB of float32 on a CPU, 1 GB on a GPU, where a chunk must be worth its launches.
 # Positions come in eights: products of other shapes are slower and take more memory.
-CPU_CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 6 << 20, 1 << 27
+CPU_CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 6 << 20, 1 << 28
 
 
 def kd_loss(
@@ -47,7 +47,7 @@ def kd_loss(
         labels: ``[N]`` int64, the token at the next position.
         objective: Which loss.
         head: The student's output head, cut to the cache's vocabulary.
-        chunk_positions: Positions whose logits may exist at a time; by default as many as make 25 MB, on a GPU 512 MB.
+        chunk_positions: Positions whose logits may exist at a time; by default as many as make 25 MB, on a GPU 1 GB.
 
     Raises:
         ConfigError: Targets at another temperature than the objective's, or of another number of positions, or none.
