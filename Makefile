@@ -49,6 +49,7 @@ bench: setup
 	$(PY) benchmarks/bench_dump_overhead.py
 	$(PY) benchmarks/bench_loss.py
 	$(PY) benchmarks/bench_train_step.py
+	$(PY) benchmarks/bench_codec.py
 
 prove: prove-crash prove-gradients prove-online-offline prove-controls prove-estimators prove-families prove-cost \
 	prove-students prove-defaults

@@ -115,10 +115,19 @@ class TargetSpec(Record):
 
 
 class CodecSpec(Record):
-    """How targets are stored; with teacher and targets it gives a :class:`~kdcache.cache.codec.Codec`."""
+    """How targets are stored; with teacher and targets it gives a :class:`~kdcache.cache.codec.Codec`.
+
+    Attributes:
+        name: ``exact`` or ``packed``.
+        step: Of the levels at logprob 0, in nats (packed).
+        growth: Of that step, a nat (packed).
+        max_kl: The declared error: KL(said ‖ stored) over entries and tail at T = 1, mean over positions, in nats.
+    """
 
     name: Literal["exact", "packed"]
     step: Annotated[float, Field(gt=0, le=1)]
+    growth: Annotated[float, Field(ge=0, le=1)]
+    max_kl: Annotated[float, Field(gt=0, le=1)]
 
 
 class ComputeSpec(Record):

@@ -223,6 +223,17 @@ def rescale_entries(scores: FloatArray, tail_logprobs: FloatArray, num_entries: 
     return np.asarray(shifted - np.repeat(log_sum - log_head, counts), dtype=np.float32)
 
 
+def kl_of_stored(said: SparseTargets, stored: SparseTargets, temperature: float = 1.0) -> npt.NDArray[np.float64]:
+    """``[N]`` nats: KL(said ‖ stored) over the entries and the tail, at a declared temperature; the same entries in both."""
+    (said_logp, said_tail), (logp, tail) = said.at_temperature(temperature), stored.at_temperature(temperature)
+    position = np.repeat(np.arange(len(said)), said.num_entries)
+    entries = np.exp(said_logp.astype(np.float64)) * (said_logp.astype(np.float64) - logp)
+    some = said_tail > -np.inf
+    kl = np.bincount(position, entries, len(said)).astype(np.float64)
+    kl[some] += np.exp(said_tail[some].astype(np.float64)) * (said_tail[some].astype(np.float64) - tail[some])
+    return kl
+
+
 def temperature_index(temperatures: tuple[float, ...], temperature: float) -> int:
     """Where a declared temperature stands.
 

@@ -147,7 +147,7 @@ def make_spec(**changes: object) -> CacheSpec:
         "corpus": {"dataset": "corpus", "digest": DIGEST, "split": "train", "num_rows": 10, "columns": "text",
                    "text_column": "text", "seq_len": 64, "packing": False, "append_eos": True, "assistant_only": False},
         "targets": {"scheme": "top_k", "k": ENTRIES, "temperatures": [1.0, 2.0]},
-        "codec": {"name": "packed", "step": 0.0645},
+        "codec": {"name": "packed", "step": 0.0645, "growth": 0.3, "max_kl": 1e-3},
         "compute": {"device": "cpu", "threads": 1, "batch_tokens": 1024, "chunk_positions": 256},
         "rows_per_shard": 3,
     }  # fmt: skip
@@ -200,6 +200,8 @@ def build_shard(plan: Plan, shard: int) -> tuple[memoryview, ShardStats]:
         sum_tail_mass=float(sum(np.exp(targets.tail_logprobs[:, 0], dtype=np.float64).sum() for _, targets in rows)),
         sum_entropy=float(sum(targets.entropy.sum(dtype=np.float64) for _, targets in rows)),
         sum_label_nll=float(sum(-targets.label_logprobs.sum(dtype=np.float64) for _, targets in rows)),
+        num_kl_targets=0,
+        sum_codec_kl=0.0,
     )
     return memoryview(builder.finish()), stats
 

@@ -15,9 +15,8 @@ Refuses what its levels cannot hold (a logprob below about -200 nats).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -31,10 +30,40 @@ from kdcache.targets import CountArray, FloatArray, SparseTargets, UIntArray, re
 CodecName = Literal["exact", "packed"]
 Frames = Mapping[str, bytes | memoryview]
 
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """How finely ``packed`` keeps logprobs of at most 64 entries, and the error that it declares for it.
+
+    Attributes:
+        levels: Of logprobs.
+        max_kl: KL(what the teacher said ‖ what is stored) over entries and tail at T = 1, mean over positions, in nats.
+    """
+
+    levels: packed.Levels
+    max_kl: float
+
+    def for_entries(self, max_entries: int) -> Quality:
+        """The same fidelity for more entries a position, whose errors add up: finer steps.
+
+        256 levels have to reach past 50 nats, so those of a nat begin at level 200; where that takes more growth (``high``, past
+        128 entries) twice the error is declared.
+        """
+        step = self.levels.step * min(1.0, (64 / max(max_entries, 1)) ** 0.25)
+        growth = (1 - step) / (200 * step)
+        if growth <= self.levels.growth:
+            return replace(self, levels=packed.Levels(step, self.levels.growth))
+        return Quality(packed.Levels(step, growth), 2 * self.max_kl)
+
+
+QUALITIES = {
+    "high": Quality(packed.Levels(0.018, 0.3), 1e-4),
+    "standard": Quality(packed.Levels(0.0645, 0.3), 1e-3),
+    "small": Quality(packed.Levels(0.28, 0.25), 1e-2),
+}
+
 # The largest logprob that rounding of float32 can give.
 MAX_LOGPROB = 1e-4
-# packed: logz is a float16.
-LARGEST_LOGZ = 65504
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,7 +124,7 @@ class Codec:
         vocab_size: V; ids are below it.
         temperatures: Declared temperatures.
         max_entries: Largest number of entries at a position.
-        step: Step of the levels at logprob 0, in nats (packed).
+        levels: Of logprobs (packed).
         num_draws: Draws a position and temperature of the schemes that draw, else 0.
         hidden_size: D of the ``hidden`` scheme, else 0.
         hidden_dtype: What hidden states are stored as.
@@ -105,7 +134,7 @@ class Codec:
     vocab_size: int
     temperatures: tuple[float, ...]
     max_entries: int
-    step: float = 0.0645
+    levels: packed.Levels = field(default=packed.Levels())
     num_draws: int = 0
     hidden_size: int = 0
     hidden_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -124,7 +153,12 @@ class Codec:
         if self.hidden_size:
             assert targets.hidden is not None, "the hidden scheme stores hidden states"
             arrays["hidden"] = float_to_bfloat16(targets.hidden) if self.hidden_dtype == "bfloat16" else targets.hidden
-        return {name: compress(array) for name, array in arrays.items()}
+        return {name: compress(array, block_bytes=self._block_bytes(name, array)) for name, array in arrays.items()}
+
+    def _block_bytes(self, name: str, array: npt.NDArray[Any]) -> int | None:
+        if self.name == "packed" and name in packed.BLOCK_A_ROW:
+            return int(array.shape[1] * array.itemsize)
+        return packed.BLOCK_BYTES.get(name) if self.name == "packed" else None
 
     def _check_storable(self, targets: SparseTargets) -> None:
         """Refuse to write what :meth:`decode` would refuse to read."""
@@ -185,22 +219,16 @@ class Codec:
         """
         if self.name == "exact":
             return np.full_like(logprobs, 1e-5)
-        step = np.minimum(
-            self.step * np.exp(packed.LEVEL_GROWTH * (-logprobs + packed.LEVEL_MAX_STEP)), packed.LEVEL_MAX_STEP
-        )
-        shift = 0.65 * np.minimum(
-            self.step * (self.max_entries * np.exp(-logprobs)) ** packed.LEVEL_GROWTH, packed.LEVEL_MAX_STEP
-        )
+        step = self.levels.step_at(-logprobs + packed.LEVEL_MAX_STEP)
+        together = self.levels.step * (self.max_entries * np.exp(-logprobs)) ** self.levels.growth
+        shift = 0.65 * np.minimum(together, packed.LEVEL_MAX_STEP)
         return np.asarray(1.5 * step + shift + packed.TAIL_ERROR, dtype=np.float32)
 
     def tables(self) -> tuple[FloatArray | None, FloatArray | None]:
         """Value table ``[256]`` and tail table ``[num_temperatures, 256]`` of this codec's compact targets, or None."""
         if self.name == "exact":
             return None, None
-        return -packed.levels(self.step), packed.tail_table(len(self.temperatures))
-
-    def _entropy_step(self) -> float:
-        return math.log(self.vocab_size) / 255
+        return -self.levels.table, packed.tail_table(len(self.temperatures))
 
 
 # --- exact ------------------------------------------------------------------------------------------------------------
@@ -250,27 +278,26 @@ def _decode_exact(codec: Codec, frames: Frames, n: int, where: str) -> CompactTa
 
 
 def _encode_packed(codec: Codec, targets: SparseTargets) -> dict[str, npt.NDArray[Any]]:
-    if (np.abs(targets.logz) > LARGEST_LOGZ).any():
+    if (np.abs(targets.logz) > packed.LARGEST_LOGZ).any():
         raise ConfigError(
-            f"codec packed holds log-normalisers up to {LARGEST_LOGZ}, found {np.abs(targets.logz).max():.0f}",
+            f"codec packed holds log-normalisers up to {packed.LARGEST_LOGZ:g}, found {np.abs(targets.logz).max():.0f}",
             hint="dump with --codec exact",
         )
-    table = packed.levels(codec.step)
-    order = packed.column_order(targets.num_entries)
-    symbols, low, escapes = packed.encode_gaps(packed.id_gaps(targets)[order])
-    levels, lowest = packed.quantise(table, targets)
+    order = packed.ColumnOrder(targets.num_entries)
+    symbols, low, escapes = packed.encode_gaps(order.to_columns(packed.id_gaps(targets)))
+    levels, lowest = packed.quantise(codec.levels, targets)
     return {
         "num_entries": targets.num_entries.astype(np.uint8 if codec.max_entries < 256 else np.uint32),
         "id_symbols": symbols,
         "id_low": low,
         "id_escapes": escapes,
-        "levels": levels[order],
+        "levels": order.to_columns(levels),
         "lowest_level": lowest,
         "tails": packed.encode_tails(targets.tail_logprobs),
-        "logz": packed.byte_planes(targets.logz.astype(np.float16)),
-        "label_levels": packed.nearest(table, -targets.label_logprobs),
-        "entropy": np.clip(np.rint(targets.entropy / codec._entropy_step()), 0, 255).astype(np.uint8),
-    } | _counts_column(codec, None if targets.counts is None else targets.counts[order])
+        "logz": packed.encode_logz(targets.logz),
+        "label_levels": codec.levels.nearest(-targets.label_logprobs),
+        "entropy": np.clip(np.rint(targets.entropy / packed.ENTROPY_STEP), 0, 255).astype(np.uint8),
+    } | _counts_column(codec, None if targets.counts is None else order.to_columns(targets.counts))
 
 
 def _decode_packed(codec: Codec, frames: Frames, n: int, where: str) -> CompactTargets:
@@ -279,40 +306,36 @@ def _decode_packed(codec: Codec, frames: Frames, n: int, where: str) -> CompactT
 
     num_entries = _read_num_entries(codec, frames, n, where, np.uint8 if codec.max_entries < 256 else np.uint32)
     total = int(num_entries.sum(dtype=np.int64))
-    order = packed.column_order(num_entries)
+    order = packed.ColumnOrder(num_entries)
     symbols = read("id_symbols", total)
-    num_escapes, num_low = int((symbols == packed.GAP_ESCAPE).sum()), int((symbols >= packed.GAP_SMALL).sum())
-    low = read("id_low", num_low - num_escapes)
-    escapes = read("id_escapes", num_escapes, np.uint32)
-    gaps = np.empty(total, dtype=np.int64)
-    gaps[order] = packed.decode_gaps(symbols, low, escapes)
+    num_escapes = int(np.count_nonzero(symbols == packed.GAP_ESCAPE))
+    num_low = int(np.count_nonzero(symbols >= packed.GAP_SMALL)) - num_escapes
+    gaps = packed.decode_gaps(
+        symbols, read("id_low", num_low), cast(UIntArray, read("id_escapes", num_escapes, np.uint32))
+    )
+    token_ids = order.ids_from_gaps(gaps, num_entries)
+    if len(token_ids) and int(token_ids.max()) > np.iinfo(np.uint32).max:
+        raise CacheCorruptError(f"{where}, id_symbols: token ids past 2^32")
     lowest = read("lowest_level", n)
-    below = np.empty(total, dtype=np.uint8)
-    below[order] = read("levels", total)
-    counts = in_order = _read_counts(codec, frames, total, where)
-    if in_order is not None:
-        counts = np.empty_like(in_order)
-        counts[order] = in_order
-    logz = packed.join_planes(read("logz", 2 * n)).astype(np.float32)
-    if not np.isfinite(logz).all():
-        raise CacheCorruptError(f"{where}, logz: a log-normaliser that is not finite")
+    below = order.to_rows(read("levels", total))
+    counts = _read_counts(codec, frames, total, where)
     ceiling = np.repeat(lowest, num_entries)
     if (below > ceiling).any():
         raise CacheCorruptError(f"{where}, levels: a level below zero")
     num_temperatures = len(codec.temperatures)
-    table = packed.levels(codec.step)
+    table = codec.levels.table
     return CompactTargets(
         num_entries=num_entries,
-        token_ids=packed.ids_from_gaps(gaps, num_entries, where),
+        token_ids=token_ids.astype(np.uint32),
         values=ceiling - below,
         value_table=-table,
         tails=read("tails", n * num_temperatures).reshape(num_temperatures, n).T,
         tail_table=packed.tail_table(num_temperatures),
-        logz=logz,
+        logz=packed.decode_logz(read("logz", 2 * n)),
         label_logprobs=-table[read("label_levels", n)],
-        entropy=(read("entropy", n) * codec._entropy_step()).astype(np.float32),
+        entropy=(read("entropy", n) * packed.ENTROPY_STEP).astype(np.float32),
         hidden=_read_hidden(codec, frames, n, where),
-        counts=counts,
+        counts=None if counts is None else order.to_rows(counts),
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal, Self, TypeVar
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from kdcache.cache.codec import Codec
+from kdcache.cache.packed import Levels
 from kdcache.errors import CacheCorruptError, CacheFormatError, CacheMismatchError
 from kdcache.specs import (
     CodecSpec,
@@ -83,7 +84,7 @@ class CacheSpec(Record):
             temperatures=self.targets.temperatures,
             max_entries=self.targets.max_entries,
             num_draws=self.targets.num_draws,
-            step=self.codec.step,
+            levels=Levels(self.codec.step, self.codec.growth),
             hidden_size=self.teacher.hidden_size if hidden else 0,
             hidden_dtype="bfloat16" if self.teacher.dtype == "bfloat16" else "float32",
         )
@@ -99,7 +100,10 @@ class Plan(Record):
 
 
 class ShardStats(Record):
-    """Sums over a shard; the ``sum_*`` are in nats or probability over the targets, ``num_rows_*`` say what became of rows."""
+    """Sums over a shard; the ``sum_*`` are in nats or probability over the targets, ``num_rows_*`` say what became of rows.
+
+    ``sum_codec_kl`` is KL(said ‖ stored) at T = 1 over ``num_kl_targets`` targets, a sample of the sequences.
+    """
 
     num_rows: Count
     num_rows_skipped: Count
@@ -112,6 +116,8 @@ class ShardStats(Record):
     sum_tail_mass: float
     sum_entropy: float
     sum_label_nll: float
+    num_kl_targets: Count
+    sum_codec_kl: float
 
 
 class Commit(Record):

@@ -6,34 +6,84 @@ Pure functions between arrays; which columns they fill, and what is read back wi
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.errors import CacheCorruptError, ConfigError
+from kdcache.errors import ConfigError
 from kdcache.targets import FloatArray, SparseTargets, UIntArray
 
-# Levels of -logprob. Growth 0.3 keeps the error of a probability nearly even at T = 1 and T = 2.
-LEVEL_GROWTH = 0.3
 LEVEL_MAX_STEP = 1.0
+GRID_CELLS = 512
 # A tail is one byte of log-odds; 0 says that there is no tail. Steps are fine where tail and head are both large,
 # and reach far enough for a teacher that knows nothing (a few entries of 2^20 equal ones).
 TAIL_LOG_ODDS = np.concatenate([np.arange(-12, -6, 1 / 4), np.arange(-6, 3, 1 / 16), 3 + np.arange(87) / 8])
 TAIL_ERROR = 1 / 16
+# Log-normalisers are integers of so many nats: what a training run may ask of them is their scale, not their digits.
+LOGZ_STEP = 1 / 8
+LARGEST_LOGZ = 4095.0
+ENTROPY_STEP = 1 / 8
+# Columns whose bytes change along the way: gaps between ids grow with the rank of an entry, and so do levels.
+BLOCK_BYTES = {"id_symbols": 4096, "levels": 16384}
+BLOCK_A_ROW = {"tails", "logz", "counts"}
 # Gaps below SMALL take one byte, others a byte and a low byte, those past the escape four bytes more.
 GAP_SMALL, GAP_ESCAPE = 60, 255
 
 
+@dataclass(frozen=True, slots=True)
+class Levels:
+    """The levels of -logprob: each lies ``step * exp(growth * level)`` nats above the one before it, at most one nat.
+
+    Growth 0.3 keeps the error of a probability nearly even at T = 1 and T = 2.
+
+    Attributes:
+        step: Of the first level, in nats.
+        growth: Of the step, a nat.
+    """
+
+    step: float = 0.0645
+    growth: float = 0.3
+
+    @property
+    def table(self) -> FloatArray:
+        """``[256]`` float32, ascending from 0; read-only."""
+        table: FloatArray = _level_table(self)
+        return table
+
+    def nearest(self, depths: FloatArray) -> npt.NDArray[np.uint8]:
+        """The nearest level of each ``-logprob``: ``nearest(self.table, depths)``, by a grid finer than any step."""
+        grid, middles = _level_grid(self)
+        cells = np.clip(depths * np.float32(GRID_CELLS), 0, len(grid) - 1).astype(np.int32)
+        below: npt.NDArray[np.uint8] = grid[cells]
+        return below + (depths > middles[below])
+
+    def step_at(self, depth: FloatArray) -> FloatArray:
+        """The step that a level at ``depth`` nats can lie above the one before it, in nats."""
+        return np.asarray(np.minimum(self.step * np.exp(self.growth * depth), LEVEL_MAX_STEP), dtype=np.float32)
+
+
 @cache
-def levels(step: float) -> FloatArray:
-    """``[256]``: -logprob of each level; the first step is ``step`` nats. Made once, and read-only: every sequence needs it."""
+def _level_table(levels: Levels) -> FloatArray:
+    """Made once: every sequence needs it."""
     out = np.zeros(256)
     for i in range(1, 256):
-        out[i] = out[i - 1] + min(step * math.exp(LEVEL_GROWTH * out[i - 1]), LEVEL_MAX_STEP)
+        out[i] = out[i - 1] + min(levels.step * math.exp(levels.growth * out[i - 1]), LEVEL_MAX_STEP)
     table = out.astype(np.float32)
     table.setflags(write=False)
     return table
+
+
+@cache
+def _level_grid(levels: Levels) -> tuple[npt.NDArray[np.uint8], FloatArray]:
+    """The level at the start of each cell, and where each level gives way to the next; a cell holds at most one such border."""
+    assert levels.step > 2 / GRID_CELLS
+    table = _level_table(levels)
+    middles = np.append((table[1:] + table[:-1]) / 2, np.inf).astype(np.float32)
+    starts = np.arange(int(table[-1]) * GRID_CELLS + 1) / GRID_CELLS
+    return np.searchsorted(middles[:-1], starts).astype(np.uint8), middles
 
 
 @cache
@@ -45,17 +95,55 @@ def tail_table(num_temperatures: int) -> FloatArray:
     return table
 
 
-def column_order(num_entries: UIntArray) -> npt.NDArray[np.int64]:
-    """Entry indices by rank inside the position first, then by position: neighbours in a frame then look alike.
+class ColumnOrder:
+    """Entries by rank inside the position first, then by position: neighbours in a frame then look alike.
 
-    Positions are taken by falling number of entries, so that the entries of one rank are a prefix of them.
+    Positions are taken by falling number of entries, so that the entries of one rank are a prefix of them. Where all have the
+    same number this is a transposed rectangle.
+
+    Args:
+        num_entries: ``[N]``.
     """
-    counts = num_entries.astype(np.int64)
-    offsets = np.cumsum(counts) - counts
-    by_count = np.argsort(-counts, kind="stable")
-    ranks = np.arange(counts.max(initial=0))[:, None]
-    grid = offsets[by_count] + ranks
-    return grid[ranks < counts[by_count]]
+
+    def __init__(self, num_entries: UIntArray) -> None:
+        counts = num_entries.astype(np.int64)
+        self._k = int(counts.max(initial=0))
+        self.is_rectangle = bool((counts == self._k).all())
+        if not self.is_rectangle:
+            offsets = np.cumsum(counts) - counts
+            by_count = np.argsort(-counts, kind="stable")
+            ranks = np.arange(self._k)[:, None]
+            self._entries = (offsets[by_count] + ranks)[ranks < counts[by_count]]
+
+    def to_columns(self, entries: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """``[E]`` (or ``[E, ...]``) in the order of the targets, into that of the columns."""
+        if self.is_rectangle:
+            rectangle = entries.reshape(-1, max(self._k, 1), *entries.shape[1:])
+            return rectangle.swapaxes(0, 1).reshape(entries.shape)
+        columns: npt.NDArray[Any] = entries[self._entries]
+        return columns
+
+    def to_rows(self, columns: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Undo :meth:`to_columns`."""
+        if self.is_rectangle:
+            return columns.reshape(max(self._k, 1), -1, *columns.shape[1:]).swapaxes(0, 1).reshape(columns.shape)
+        out = np.empty_like(columns)
+        out[self._entries] = columns
+        return out
+
+    def ids_from_gaps(
+        self, gaps: npt.NDArray[np.int32] | npt.NDArray[np.int64], num_entries: UIntArray
+    ) -> npt.NDArray[np.int64]:
+        """Undo :func:`id_gaps`, from gaps in the order of the columns to ids in the order of the targets."""
+        if self.is_rectangle:
+            steps = gaps.reshape(max(self._k, 1), -1) + 1
+            wide = np.int64 if gaps.dtype == np.int64 or self._k > 1 << 14 else np.int32
+            return np.asarray((np.cumsum(steps, axis=0, dtype=wide) - 1).T.ravel())
+        running = np.cumsum(self.to_rows(gaps) + 1, dtype=np.int64)
+        counts = num_entries[num_entries > 0].astype(np.int64)
+        ends = np.cumsum(counts) - 1
+        before = np.concatenate([[0], running[ends[:-1]]]) if len(ends) else ends
+        return np.asarray(running - np.repeat(before, counts) - 1)
 
 
 def id_gaps(targets: SparseTargets) -> npt.NDArray[np.int64]:
@@ -68,42 +156,33 @@ def id_gaps(targets: SparseTargets) -> npt.NDArray[np.int64]:
     return gaps
 
 
-def ids_from_gaps(gaps: npt.NDArray[np.int64], num_entries: UIntArray, where: str) -> UIntArray:
-    """Undo :func:`id_gaps`.
-
-    Raises:
-        CacheCorruptError: An id past 2^32.
-    """
-    running = np.cumsum(gaps + 1)
-    counts = num_entries[num_entries > 0].astype(np.int64)
-    starts = np.cumsum(counts) - counts
-    before = running[starts] - (gaps[starts] + 1)
-    ids = running - np.repeat(before, counts) - 1
-    if len(ids) and int(ids.max()) > np.iinfo(np.uint32).max:
-        raise CacheCorruptError(f"{where}, id_symbols: token ids past 2^32")
-    return np.asarray(ids, dtype=np.uint32)
-
-
 def encode_gaps(gaps: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8], UIntArray]:
     """A symbol for each gap, the low bytes of those that take two, and those that escape."""
-    rest = gaps - GAP_SMALL
+    large = np.flatnonzero(gaps >= GAP_SMALL)
+    rest = gaps[large] - GAP_SMALL
     high = rest >> 8
     escaped = high >= GAP_ESCAPE - GAP_SMALL
-    two_bytes = (rest >= 0) & ~escaped
-    symbols = np.where(rest < 0, gaps, np.where(escaped, GAP_ESCAPE, GAP_SMALL + high)).astype(np.uint8)
-    return symbols, (rest[two_bytes] & 255).astype(np.uint8), gaps[escaped].astype(np.uint32)
+    symbols = gaps.astype(np.uint8)
+    symbols[large] = np.where(escaped, GAP_ESCAPE, GAP_SMALL + high).astype(np.uint8)
+    return symbols, rest[~escaped].astype(np.uint8), gaps[large[escaped]].astype(np.uint32)
 
 
 def decode_gaps(
     symbols: npt.NDArray[np.uint8], low: npt.NDArray[np.uint8], escapes: UIntArray
-) -> npt.NDArray[np.int64]:
-    """Undo :func:`encode_gaps`."""
-    gaps = symbols.astype(np.int64)
+) -> npt.NDArray[np.int32] | npt.NDArray[np.int64]:
+    """Undo :func:`encode_gaps`; int64 where something escapes, else int32."""
+    gaps = symbols.astype(np.int32)
+    gaps += 255 * np.maximum(gaps - GAP_SMALL, 0)
+    low_bytes = np.zeros(len(symbols), dtype=np.uint8)
+    if not len(escapes):
+        low_bytes[symbols >= GAP_SMALL] = low
+        gaps += low_bytes
+        return gaps
     escaped = symbols == GAP_ESCAPE
-    two_bytes = (symbols >= GAP_SMALL) & ~escaped
-    gaps[two_bytes] = GAP_SMALL + ((gaps[two_bytes] - GAP_SMALL) << 8) + low
-    gaps[escaped] = escapes
-    return gaps
+    low_bytes[(symbols >= GAP_SMALL) & ~escaped] = low
+    wide = gaps.astype(np.int64) + low_bytes
+    wide[escaped] = escapes
+    return wide
 
 
 def nearest(table: npt.NDArray[np.floating], values: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
@@ -112,18 +191,19 @@ def nearest(table: npt.NDArray[np.floating], values: npt.NDArray[np.floating]) -
     return np.searchsorted(middles, values).astype(np.uint8)
 
 
-def quantise(table: FloatArray, targets: SparseTargets) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+def quantise(levels: Levels, targets: SparseTargets) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
     """Levels counted down from each position's lowest probability, and that lowest level.
 
     Raises:
         ConfigError: A logprob below the last level.
     """
-    if len(targets.logprobs) and float(targets.logprobs.min()) < -table[-1]:
+    lowest_logprob = -levels.table[-1]
+    if len(targets.logprobs) and float(targets.logprobs.min()) < lowest_logprob:
         raise ConfigError(
-            f"codec packed holds logprobs down to {-table[-1]:.0f} nats, found {targets.logprobs.min():.1f}",
+            f"codec packed holds logprobs down to {lowest_logprob:.0f} nats, found {targets.logprobs.min():.1f}",
             hint="dump with --codec exact",
         )
-    level = nearest(table, -targets.logprobs).astype(np.int64)
+    level = levels.nearest(-targets.logprobs).astype(np.int16)
     counts = targets.num_entries[targets.num_entries > 0].astype(np.int64)
     starts = np.cumsum(counts) - counts
     lowest = np.zeros(len(targets), dtype=np.uint8)
@@ -145,11 +225,13 @@ def encode_tails(tail_logprobs: FloatArray) -> npt.NDArray[np.uint8]:
     return np.where(np.isneginf(tail_logprobs.T), 0, nearest(TAIL_LOG_ODDS, log_odds) + 1).astype(np.uint8)
 
 
-def byte_planes(array: npt.NDArray[np.float16]) -> npt.NDArray[np.uint8]:
-    """The first bytes of all numbers, then the second ones."""
-    return np.ascontiguousarray(array.view(np.uint8).reshape(-1, 2).T).ravel()
+def encode_logz(logz: FloatArray) -> npt.NDArray[np.uint8]:
+    """Steps of ``LOGZ_STEP``: the low bytes of all int16, then the high ones."""
+    steps = np.rint(logz / LOGZ_STEP).astype("<i2")
+    return np.ascontiguousarray(steps.view(np.uint8).reshape(-1, 2).T)
 
 
-def join_planes(planes: npt.NDArray[np.uint8]) -> npt.NDArray[np.float16]:
-    """Undo :func:`byte_planes`."""
-    return np.ascontiguousarray(planes.reshape(2, -1).T).view(np.float16).ravel()
+def decode_logz(planes: npt.NDArray[np.uint8]) -> FloatArray:
+    """Undo :func:`encode_logz`."""
+    steps = np.ascontiguousarray(planes.reshape(2, -1).T).view("<i2").ravel()
+    return (steps * LOGZ_STEP).astype(np.float32)

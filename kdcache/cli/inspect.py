@@ -9,6 +9,7 @@ import click
 import numpy as np
 
 from kdcache.cache.reader import CacheReader, open_cache
+from kdcache.specs import TargetSpec
 
 
 @click.command("inspect")
@@ -51,7 +52,7 @@ def describe(reader: CacheReader) -> dict[str, Any]:
         "shards": f"{len(manifest.shards.shard)} of {spec.num_shards}",
         "teacher": spec.teacher.name,
         "dataset": f"{spec.corpus.dataset}, split {spec.corpus.split}, {spec.corpus.num_rows:,} rows",
-        "targets": "hidden states" if spec.targets.scheme == "hidden" else f"top {spec.targets.k}",
+        "targets": _spelled_targets(spec.targets),
         "temperatures": list(spec.targets.temperatures),
         "codec": spec.codec.name,
         "vocabulary": spec.teacher.vocab_size,
@@ -70,7 +71,16 @@ def describe(reader: CacheReader) -> dict[str, Any]:
     if spec.targets.scheme != "hidden":
         about["mass_captured"] = round(1 - stats.sum_tail_mass / n, 4)
         about["entries_per_target"] = round(stats.num_entries / n, 2)
+    if stats.num_kl_targets:
+        about["codec_error_nats"] = float(f"{stats.sum_codec_kl / stats.num_kl_targets:.1e}")
     return about
+
+
+def _spelled_targets(targets: TargetSpec) -> str:
+    kept = [f"k = {targets.k}"] if targets.k else []
+    kept += [f"p = {targets.top_p:g}"] if targets.scheme == "top_p" else []
+    kept += [f"{targets.num_draws} draws"] if targets.num_draws else []
+    return ", ".join([targets.scheme, *kept])
 
 
 def show_sequence(reader: CacheReader, index: int, top: int, positions: int) -> list[dict[str, Any]]:

@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from kdcache.cache.codec import QUALITIES
 from kdcache.config import Options, WeightedPaths
-from kdcache.specs import DRAWN, Scheme, TargetSpec
+from kdcache.specs import DRAWN, CodecSpec, Scheme, TargetSpec
 
 DEFAULT_SHARD_POSITIONS = 65_536
 MIN_SHARDS = 16
@@ -82,6 +83,10 @@ class DumpOptions(Options):
     codec: Annotated[
         Literal["packed", "exact"], Field(description="packed is small, with a declared error; exact is float32.")
     ] = "packed"
+    quality: Annotated[
+        Literal["high", "standard", "small"],
+        Field(description="Of packed: KL(said ‖ stored) below 1e-4, 1e-3, 1e-2 nats a position."),
+    ] = "standard"
 
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
@@ -145,3 +150,9 @@ class DumpOptions(Options):
             num_draws=self.num_draws if drawn else 0,
             seed=self.target_seed if drawn else 0,
         )
+
+    def codec_spec(self, targets: TargetSpec) -> CodecSpec:
+        """How targets of a scheme are stored; what the codec does not use counts for nothing."""
+        name: Literal["exact", "packed"] = "exact" if targets.scheme == "hidden" else self.codec
+        quality = QUALITIES[self.quality if name == "packed" else "standard"].for_entries(targets.max_entries)
+        return CodecSpec(name=name, step=quality.levels.step, growth=quality.levels.growth, max_kl=quality.max_kl)

@@ -20,7 +20,7 @@ from kdcache.dump.options import DEFAULT_SHARD_POSITIONS, MIN_SHARDS, DumpOption
 from kdcache.errors import CacheMismatchError, ConfigError
 from kdcache.model_files import find_model, model_digest
 from kdcache.models import describe_model, describe_tokenizer, load_config, load_tokenizer, parse_dtype, pick_device
-from kdcache.specs import CodecSpec, ComputeSpec, CorpusSpec, TeacherSpec
+from kdcache.specs import ComputeSpec, CorpusSpec, TeacherSpec
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -42,6 +42,7 @@ def finished_before(store: LocalStore, options: DumpOptions) -> Manifest | None:
     if not manifest.sealed or not store.exists("manifest.json"):
         return None
     spec = manifest.spec
+    targets = options.target_spec(spec.teacher.vocab_size)
     asked: dict[str, Any] = {
         "teacher.digest": model_digest(find_model(options.teacher, options.revision)),
         "corpus.digest": source_digest(options.dataset, options.split, options.dataset_config),
@@ -50,12 +51,9 @@ def finished_before(store: LocalStore, options: DumpOptions) -> Manifest | None:
         "corpus.packing": options.packing,
         "corpus.append_eos": options.append_eos,
         "corpus.assistant_only": options.assistant_only,
-        **{
-            f"targets.{name}": v
-            for name, v in options.target_spec(spec.teacher.vocab_size).model_dump(mode="json").items()
-        },
+        **{f"targets.{name}": value for name, value in targets.model_dump(mode="json").items()},
+        **{f"codec.{name}": value for name, value in options.codec_spec(targets).model_dump(mode="json").items()},
         "teacher.averaged": [a.model_dump() for a in describe_averaged(options.average, spec.tokenizer)],
-        "codec.name": "exact" if options.targets == "hidden" else options.codec,
         "compute.batch_tokens": options.batch_tokens,
     }
     if options.text_column is not None:
@@ -104,7 +102,6 @@ def make_plan(store: LocalStore, options: DumpOptions) -> tuple[Plan, Dataset]:
         append_eos=options.append_eos,
         assistant_only=options.assistant_only,
     )
-    hidden = options.targets == "hidden"
     targets = options.target_spec(vocab_size)
     if targets.scheme == "hybrid" and targets.k == vocab_size:
         raise ConfigError(f"--top-k {options.top_k} keeps the whole vocabulary: nothing is left to draw from")
@@ -126,7 +123,7 @@ def make_plan(store: LocalStore, options: DumpOptions) -> tuple[Plan, Dataset]:
         tokenizer=tokenizer_spec,
         corpus=corpus,
         targets=targets,
-        codec=CodecSpec(name="exact" if hidden else options.codec, step=0.0645),
+        codec=options.codec_spec(targets),
         compute=ComputeSpec(
             device=device.split(":")[0],
             threads=options.threads or (standing.spec.compute.threads if standing else _threads(options, device)),

@@ -3,10 +3,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from kdcache.cache.codec import Codec, bfloat16_to_float, float_to_bfloat16
+from kdcache.cache import packed
+from kdcache.cache.codec import QUALITIES, Codec, bfloat16_to_float, float_to_bfloat16
 from kdcache.cache.frames import compress
 from kdcache.cache.packed import GAP_ESCAPE
 from kdcache.errors import CacheCorruptError, ConfigError, TeacherOutputError
+from kdcache.targets import kl_of_stored
 from tests.strategies import log_softmax, targets_from_logits, zipf_logits
 
 FIELDS = ("num_entries", "token_ids", "logprobs", "tail_logprobs", "logz", "label_logprobs", "entropy")
@@ -34,11 +36,73 @@ def test_exact_is_bit_for_bit():
 
 
 def mean_kl(targets, decoded, temperature=1.0):
-    """KL(exact || decoded) over K + 1 buckets, float64."""
+    """KL(exact || decoded) over K + 1 buckets, float64, the plain form."""
     p, q = (np.split(x.at_temperature(temperature)[0].astype(float), x.offsets[1:-1]) for x in (targets, decoded))
     p_tail, q_tail = (x.tail_at(temperature).astype(float) for x in (targets, decoded))
     heads = [(np.exp(a) * (a - b)).sum() for a, b in zip(p, q, strict=True)]
-    return np.mean(heads + np.exp(p_tail) * (p_tail - q_tail))
+    tails = [np.exp(a) * (a - b) if a > -np.inf else 0.0 for a, b in zip(p_tail, q_tail, strict=True)]
+    return np.mean(np.add(heads, tails))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_kl_of_stored_equals_the_plain_form(temperature):
+    codec, targets = example(n=30)
+    targets.tail_logprobs[3] = -np.inf
+    stored = through(codec, targets)
+    kl = kl_of_stored(targets, stored, temperature)
+    assert kl.shape == (30,)
+    assert kl.mean() == pytest.approx(mean_kl(targets, stored, temperature), rel=1e-9)
+    assert kl_of_stored(targets, targets).max() == 0
+
+
+@pytest.mark.parametrize("k", [16, 64, 128, 256])
+@pytest.mark.parametrize("name", sorted(QUALITIES))
+def test_each_quality_keeps_what_it_declares(name, k):
+    rng = np.random.default_rng(3)
+    logits = zipf_logits(rng, 64, 20_000)
+    targets = targets_from_logits(logits, rng.integers(0, 20_000, 64), k)
+    quality = QUALITIES[name].for_entries(k)
+    codec = Codec("packed", 20_000, targets.temperatures, k, levels=quality.levels)
+    stored = through(codec, targets)
+    assert quality.max_kl / 100 < mean_kl(targets, stored) < quality.max_kl
+    error = np.abs(stored.logprobs - targets.logprobs)
+    assert (error <= codec.logprob_error_bound(targets.logprobs)).all()
+    first, mine = (x.logprobs.reshape(64, k).argmax(1) for x in (targets, stored))
+    assert (first == mine).all()
+
+
+@pytest.mark.parametrize("name", sorted(QUALITIES))
+def test_the_nearest_level_is_the_nearest(name):
+    levels = QUALITIES[name].levels
+    middles = (levels.table[1:] + levels.table[:-1]) / 2
+    rng = np.random.default_rng(0)
+    depths = np.concatenate([
+        rng.uniform(0, levels.table[-1], 20_000).astype("f4"), levels.table, middles, np.nextafter(middles, np.float32(0)),
+        np.nextafter(middles, np.float32(1e9)), [-1e-4, 0, levels.table[-1] + 5],
+    ]).astype(np.float32)  # fmt: skip
+    assert (levels.nearest(depths) == packed.nearest(levels.table, depths)).all()
+
+
+@pytest.mark.parametrize("counts", [[3, 3, 3], [3, 0, 5, 1], [0, 0], []])
+def test_column_order_there_and_back(counts):
+    order = packed.ColumnOrder(np.array(counts, np.uint32))
+    entries = np.arange(sum(counts))
+    columns = order.to_columns(entries)
+    assert (order.to_rows(columns) == entries).all()
+    rank = np.concatenate([np.arange(count) for count in counts] or [entries])
+    assert (np.diff(rank[columns]) >= 0).all()
+    pairs = np.stack([entries, -entries], 1)
+    assert (order.to_rows(order.to_columns(pairs)) == pairs).all()
+
+
+def test_finer_qualities_take_more_bytes():
+    rng = np.random.default_rng(3)
+    targets = targets_from_logits(zipf_logits(rng, 64, 5000), rng.integers(0, 5000, 64), 64)
+    sizes = [
+        sum(map(len, Codec("packed", 5000, targets.temperatures, 64, levels=QUALITIES[name].levels).encode(targets).values()))
+        for name in ("small", "standard", "high")
+    ]  # fmt: skip
+    assert sizes == sorted(set(sizes))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -140,8 +204,8 @@ def test_no_positions_and_no_entries(name):
 def test_packed_scalars_are_close():
     codec, targets = example(n=50)
     out = through(codec, targets)
-    np.testing.assert_allclose(out.logz, targets.logz, rtol=1e-3)
-    assert np.abs(out.entropy - targets.entropy).max() <= np.log(300) / 255 / 2 + 1e-5
+    assert np.abs(out.logz - targets.logz).max() <= packed.LOGZ_STEP / 2
+    assert np.abs(out.entropy - targets.entropy).max() <= packed.ENTROPY_STEP / 2
     assert (
         np.abs(out.label_logprobs - targets.label_logprobs) <= codec.logprob_error_bound(targets.label_logprobs)
     ).all()
@@ -194,11 +258,20 @@ def test_packed_refuses_what_its_levels_cannot_hold():
     assert "--codec exact" in caught.value.hint
 
 
-def test_packed_refuses_a_log_normaliser_past_float16():
+def test_packed_refuses_a_log_normaliser_past_16_bits():
     codec, targets = example()
     targets.logz[0] = 1e5
-    with pytest.raises(ConfigError, match="65504"):
+    with pytest.raises(ConfigError, match="up to 4095, found 100000"):
         codec.encode(targets)
+
+
+def test_packed_log_normalisers_and_entropies_are_close():
+    codec, targets = example(n=4)
+    targets.logz[:] = [-4095, -0.07, 17.3, 4095]
+    targets.entropy[:] = [0, 0.3, 5.01, 22.2]
+    out = through(codec, targets)
+    np.testing.assert_array_equal(out.logz, [-4095, -0.125, 17.25, 4095])
+    np.testing.assert_array_equal(out.entropy, [0, 0.25, 5, 22.25])
 
 
 @pytest.mark.parametrize("name", ["exact", "packed"])
@@ -276,7 +349,7 @@ def test_packed_frames_that_cannot_have_been_written():
     total = len(targets.token_ids)
     broken = {
         "lowest_level": np.zeros(5, np.uint8),  # levels below zero
-        "logz": np.full(10, 255, np.uint8),  # NaN
+        "logz": np.full(9, 1, np.uint8),  # half a number
         "id_symbols": np.full(total, GAP_ESCAPE, np.uint8),  # escapes that are not there
         "num_entries": np.full(5, 7, np.uint8),  # entries that are not there
     }

@@ -14,6 +14,20 @@ def test_round_trip(data):
     assert decompress(memoryview(compress(memoryview(data))), max_bytes=len(data), what="x") == data
 
 
+@given(st.binary(max_size=5000), st.integers(1, 2000))
+def test_round_trip_in_blocks(data, block_bytes):
+    frame = compress(data, block_bytes=block_bytes)
+    assert decompress(frame, max_bytes=len(data), what="x") == data
+    parameters = zstandard.get_frame_parameters(frame)
+    assert parameters.content_size == len(data) and parameters.has_checksum
+
+
+def test_blocks_help_where_the_content_changes_along_the_way():
+    rng = np.random.default_rng(0)
+    changing = np.concatenate([rng.integers(64 * i, 64 * i + 16, 8000) for i in range(4)]).astype(np.uint8)
+    assert len(compress(changing, block_bytes=8000)) < 0.8 * len(compress(changing))
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.float32])
 def test_arrays_round_trip(dtype):
     array = np.arange(1000).astype(dtype)

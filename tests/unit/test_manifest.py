@@ -24,6 +24,7 @@ def commit(shard, plan=None, **changes):
     stats = ShardStats(
         num_rows=4, num_rows_skipped=1, num_rows_truncated=0, num_rows_split=0, num_sequences=3, num_positions=50 + shard, num_targets=40, num_entries=320,
         sum_tail_mass=[0.1, 1e16, -1e16, 0.3][shard % 4], sum_entropy=0.1 * shard, sum_label_nll=1e9 / (shard + 3),
+        num_kl_targets=8, sum_codec_kl=1e-3 * shard,
     )  # fmt: skip
     fields = {
         "plan": (plan or make_plan()).fingerprint,
@@ -196,7 +197,7 @@ def test_fingerprints_are_all_different():
 
 def test_fingerprint_is_pinned():
     """Another value here means that every cache made so far is refused."""
-    assert make_spec().fingerprint == "1fe4f754f8950e67563aee7a7d9d4239"
+    assert make_spec().fingerprint == "0077b006817d45c13a7bbde729710b8b"
 
 
 # --- shards and rows --------------------------------------------------------------------------------------------------
@@ -214,7 +215,7 @@ def test_row_ranges_cover_the_corpus_once(num_rows, per_shard):
 
 def test_make_codec():
     codec = make_spec(codec__step=0.1).make_codec()
-    assert (codec.name, codec.vocab_size, codec.max_entries, codec.step, codec.hidden_size) == (
+    assert (codec.name, codec.vocab_size, codec.max_entries, codec.levels.step, codec.hidden_size) == (
         "packed",
         300,
         8,

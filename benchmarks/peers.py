@@ -1,0 +1,133 @@
+"""How others store the same targets: plain columns in Arrow, Parquet and safetensors, and DistillKit's scheme.
+
+Each takes targets of many positions with K entries each and gives bytes back, and the logprobs that a reader would get from
+them where it loses any. DistillKit's is written anew from its description (arcee-ai/DistillKit, README): ids as bits, the
+most probable logits as bfloat16, a curve through the rest.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import safetensors.numpy
+import zstandard
+
+from kdcache.targets import SparseTargets
+
+
+@dataclass(frozen=True)
+class Peer:
+    """``encode(targets, k)`` gives bytes; ``decode(bytes, k)`` the ids and logprobs ``[N, K]``, or None where it is not timed."""
+
+    encode: Callable[[SparseTargets, int], bytes]
+    decode: Callable[[bytes, int], tuple[np.ndarray, np.ndarray]] | None = None
+    loses: Callable[[np.ndarray], np.ndarray] = lambda logprobs: logprobs.astype(np.float16).astype(np.float32)
+
+
+def _rectangles(targets: SparseTargets, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids and logprobs by falling logprob, and tails."""
+    ids, logprobs = targets.token_ids.reshape(-1, k), targets.logprobs.reshape(-1, k)
+    order = np.argsort(-logprobs, axis=1, kind="stable")
+    narrow = np.uint16 if ids.max(initial=0) < 1 << 16 else np.uint32
+    return (
+        np.take_along_axis(ids, order, 1).astype(narrow),
+        np.take_along_axis(logprobs, order, 1).astype(np.float16),
+        targets.tail_logprobs.astype(np.float16),
+    )
+
+
+def _table(targets: SparseTargets, k: int) -> pa.Table:
+    parts = _rectangles(targets, k)
+    columns = [pa.FixedSizeListArray.from_arrays(pa.array(part.ravel()), part.shape[1]) for part in parts]
+    return pa.table(columns, names=["token_ids", "logprobs", "tails"])
+
+
+def arrow_zstd(targets: SparseTargets, k: int) -> bytes:
+    """An Arrow IPC file with its own zstd compression."""
+    sink = pa.BufferOutputStream()
+    table = _table(targets, k)
+    with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def read_arrow(data: bytes, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and logprobs out of :func:`arrow_zstd`."""
+    table = pa.ipc.open_file(pa.py_buffer(data)).read_all().combine_chunks()
+    ids, logprobs = (table[name].chunk(0).flatten().to_numpy() for name in ("token_ids", "logprobs"))
+    return ids.reshape(-1, k), logprobs.reshape(-1, k)
+
+
+def parquet(targets: SparseTargets, k: int) -> bytes:
+    """Parquet with byte-stream-split and zstd."""
+    sink = io.BytesIO()
+    table = _table(targets, k)
+    # Half floats have no byte-stream split in every release; their bits as integers do.
+    ids, logprobs, tails = (table[name].combine_chunks() for name in table.column_names)
+    as_bits = [pa.FixedSizeListArray.from_arrays(pa.array(part.flatten().to_numpy().view(np.int16).astype(np.int32)), part.type.list_size)
+               for part in (logprobs, tails)]  # fmt: skip
+    wide = pa.FixedSizeListArray.from_arrays(pa.array(ids.flatten().to_numpy().astype(np.int32)), k)
+    table = pa.table([wide, *as_bits], names=["token_ids", "logprobs", "tails"])
+    pyarrow.parquet.write_table(
+        table, sink, compression="zstd", use_dictionary=False,
+        column_encoding={f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in table.column_names},
+    )  # fmt: skip
+    return sink.getvalue()
+
+
+def read_parquet(data: bytes, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and logprobs out of :func:`parquet`."""
+    table = pyarrow.parquet.read_table(io.BytesIO(data)).combine_chunks()
+    ids, bits = (table[name].chunk(0).flatten().to_numpy() for name in ("token_ids", "logprobs"))
+    return ids.reshape(-1, k), bits.astype(np.int16).view(np.float16).reshape(-1, k)
+
+
+def safetensors_zstd(targets: SparseTargets, k: int) -> bytes:
+    """A safetensors file, compressed whole."""
+    ids, logprobs, tails = _rectangles(targets, k)
+    return zstandard.ZstdCompressor(level=3).compress(
+        safetensors.numpy.save({"token_ids": ids, "logprobs": logprobs, "tails": tails})
+    )
+
+
+def read_safetensors(data: bytes, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and logprobs out of :func:`safetensors_zstd`."""
+    tensors = safetensors.numpy.load(zstandard.ZstdDecompressor().decompress(data))
+    return tensors["token_ids"], tensors["logprobs"]
+
+
+def distillkit(exact: int, degree: int) -> Peer:
+    """Ids in bits of the vocabulary, ``exact`` first logprobs in bfloat16, the rest as a polynomial and a root of their rank."""
+
+    def basis(k: int) -> np.ndarray:
+        rank = np.arange(k - exact, dtype=np.float32)
+        return np.stack([*(rank**power for power in range(degree + 1)), np.sqrt(rank)], 1)
+
+    def encode(targets: SparseTargets, k: int) -> bytes:
+        ids, logprobs, _ = _rectangles(targets, k)
+        rest = np.sort(targets.logprobs.reshape(-1, k), axis=1)[:, ::-1][:, exact:]
+        curve = np.linalg.lstsq(basis(k), rest.T, rcond=1e-5)[0].T.astype(np.float32)
+        head = (logprobs[:, :exact].astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+        return ids.tobytes() + head.tobytes() + curve.tobytes()
+
+    def loses(logprobs: np.ndarray) -> np.ndarray:
+        """``[N, K]`` by falling logprob, as stored."""
+        curve = np.linalg.lstsq(basis(logprobs.shape[1]), logprobs[:, exact:].T, rcond=1e-5)[0].astype(np.float32)
+        head = (logprobs[:, :exact].astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32)
+        return np.concatenate([head, (basis(logprobs.shape[1]) @ curve).T], 1)
+
+    return Peer(encode, loses=loses)
+
+
+PEERS = {
+    "Arrow, zstd": Peer(arrow_zstd, read_arrow),
+    "Parquet, byte-stream split, zstd": Peer(parquet, read_parquet),
+    "safetensors, zstd": Peer(safetensors_zstd, read_safetensors),
+    "DistillKit, 16 exact, degree 4": distillkit(16, 4),
+    "DistillKit, 1 exact, degree 1": distillkit(1, 1),
+}
