@@ -14,6 +14,7 @@ import os
 import platform
 import sys
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -69,6 +70,26 @@ def _check_weights(weights: dict[str, float]) -> dict[str, float]:
 
 
 WeightedPaths = Annotated[dict[str, float], BeforeValidator(parse_weighted), AfterValidator(_check_weights)]
+
+
+def parse_temperatures(value: Any) -> Any:
+    """``"1,2,4"`` as well as a list; 1 is always there, and comes first."""
+    if isinstance(value, str):
+        value = [part for part in value.split(",") if part.strip()]
+    if isinstance(value, int | float):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        return value
+    try:
+        numbers = sorted({float(part) for part in value} | {1.0})
+    except ValueError:
+        raise ValueError("numbers separated by commas were expected, as 1,2,4") from None
+    if numbers[0] <= 0 or numbers[-1] > 1000 or len(numbers) > 16:
+        raise ValueError("at most 16 temperatures, above 0 and up to 1000")
+    return (1.0, *(number for number in numbers if number != 1.0))
+
+
+Temperatures = Annotated[tuple[float, ...], BeforeValidator(parse_temperatures)]
 
 
 def resolve_options(kind: type[OptionsT], command: str, flags: Mapping[str, Any], config: str | None) -> OptionsT:
@@ -143,6 +164,12 @@ def write_provenance(folder: Path, name: str, command: str, options: BaseModel, 
     resolved = {command: options.model_dump(mode="json", exclude_none=True, by_alias=True)}
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
     (folder / f"{name}.provenance.json").write_text(json.dumps(provenance(command, options, device), indent=2) + "\n")
+
+
+def write_run(cache: Path, command: str, options: BaseModel, device: str) -> None:
+    """Provenance of one run over a cache: many processes may work at it, each leaves its own."""
+    name = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}"
+    write_provenance(cache / "runs", name, command, options, device)
 
 
 def library_versions() -> dict[str, str]:

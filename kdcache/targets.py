@@ -23,7 +23,7 @@ is often most of the mass. So the tail is measured at every declared temperature
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -180,6 +180,58 @@ class SparseTargets:
         num_draws = np.bincount(position, counts, len(self))
         share = (rest / np.maximum(num_draws, 1))[position]
         return np.where(drawn, counts * share, probabilities).astype(np.float32)
+
+
+def keep_entries(targets: SparseTargets, kept: BoolArray) -> SparseTargets:
+    """Only some of the entries; what the others had joins the tail, exactly, at every declared temperature.
+
+    Args:
+        targets: All entries.
+        kept: ``[E]``.
+    """
+    position = np.repeat(np.arange(len(targets)), targets.num_entries)
+    tails = []
+    for temperature in targets.temperatures:
+        logprobs, tail = targets.at_temperature(temperature)
+        dropped = np.bincount(position[~kept], np.exp(logprobs[~kept].astype(np.float64)), len(targets))
+        with np.errstate(divide="ignore"):
+            tails.append(np.log(np.exp(tail.astype(np.float64)) + dropped))
+    return replace(
+        targets,
+        num_entries=np.bincount(position[kept], minlength=len(targets)).astype(np.uint32),
+        token_ids=targets.token_ids[kept],
+        logprobs=targets.logprobs[kept],
+        tail_logprobs=np.minimum(np.stack(tails, axis=1), 0).astype(np.float32),
+        counts=None if targets.counts is None else targets.counts[kept],
+    )
+
+
+def keep_most_probable(targets: SparseTargets, k: int) -> SparseTargets:
+    """The k most probable entries of each position; of equal ones the lower ids."""
+    position = np.repeat(np.arange(len(targets)), targets.num_entries)
+    order = np.lexsort((targets.token_ids, -targets.logprobs, position))
+    rank = np.empty(len(order), dtype=np.int64)
+    rank[order] = np.arange(len(order)) - targets.offsets[:-1][position]
+    return keep_entries(targets, rank < k)
+
+
+def keep_temperatures(targets: SparseTargets, temperatures: tuple[float, ...]) -> SparseTargets:
+    """Only some of the declared temperatures. An entry that was drawn at none of them goes; its mass joins the tail.
+
+    Raises:
+        ConfigError: One is not declared.
+    """
+    columns = [temperature_index(targets.temperatures, temperature) for temperature in temperatures]
+    if targets.counts is not None:
+        targets = keep_entries(
+            targets, np.asarray(targets.counts[:, columns].any(axis=1) | ~targets.counts.any(axis=1))
+        )
+    return replace(
+        targets,
+        temperatures=temperatures,
+        tail_logprobs=targets.tail_logprobs[:, columns],
+        counts=None if targets.counts is None else targets.counts[:, columns],
+    )
 
 
 def in_rectangle(num_entries: npt.NDArray[np.integer[Any]]) -> tuple[BoolArray, npt.NDArray[np.int64]]:

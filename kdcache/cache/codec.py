@@ -25,6 +25,7 @@ import numpy.typing as npt
 from kdcache.cache import packed
 from kdcache.cache.frames import compress, read_array
 from kdcache.errors import CacheCorruptError, ConfigError, TeacherOutputError
+from kdcache.specs import CodecSpec
 from kdcache.targets import CountArray, FloatArray, SparseTargets, UIntArray, rescale_entries
 
 CodecName = Literal["exact", "packed"]
@@ -61,6 +62,13 @@ QUALITIES = {
     "standard": Quality(packed.Levels(0.0645, 0.3), 1e-3),
     "small": Quality(packed.Levels(0.28, 0.25), 1e-2),
 }
+
+
+def describe_codec(name: CodecName, quality: str, max_entries: int) -> CodecSpec:
+    """How targets of at most so many entries are stored; ``exact`` has no quality, and says ``standard``."""
+    chosen = QUALITIES[quality if name == "packed" else "standard"].for_entries(max_entries)
+    return CodecSpec(name=name, step=chosen.levels.step, growth=chosen.levels.growth, max_kl=chosen.max_kl)
+
 
 # The largest logprob that rounding of float32 can give.
 MAX_LOGPROB = 1e-4

@@ -46,6 +46,11 @@ def shard_name(shard: int, shard_digest: str) -> str:
     return f"{SHARDS}/{shard:05d}-{shard_digest}.arrow"
 
 
+def parse_shard_name(name: str) -> int | None:
+    """The shard that a file in ``shards/`` is of, or None where the name is not one of ours."""
+    return int(name.partition("-")[0]) if _SHARD_NAME.fullmatch(name) else None
+
+
 def table_name(table_digest: str) -> str:
     """Where a table of these bytes stands (the teacher's output head)."""
     return f"{TABLES}/{table_digest}.safetensors"
@@ -230,21 +235,47 @@ def claim(store: LocalStore, shard: int) -> Lease | None:
     if store.put_if_absent(lease.name, lease._content(now)):
         lease._renewed = now
         return lease
-    if not _is_stale(store, lease.name, now):
+    if not _is_stale(store, lease.name, shard, now):
         return None
     lease.renew()
     return lease
 
 
-def _is_stale(store: LocalStore, name: str, now: float) -> bool:
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds a lease, as its file says."""
+
+    shard: int
+    host: str
+    pid: int
+    expires: float
+
+    def is_live(self, now: float) -> bool:
+        """Neither expired nor, on this host, dead."""
+        return self.expires >= now and (self.host != hostname() or is_running(self.pid))
+
+
+def read_leases(store: LocalStore) -> list[Holder | str]:
+    """Every lease by shard number; the file name where the content says nothing."""
+    found: list[Holder | str] = []
+    for name in store.list(LEASES):
+        match = _COMMIT_NAME.fullmatch(name)
+        holder = _read_holder(store, f"{LEASES}/{name}", int(match[1])) if match else None
+        found.append(holder or name)
+    return found
+
+
+def _read_holder(store: LocalStore, name: str, shard: int) -> Holder | None:
     try:
         about = json.loads(store.read(name))
-        host, pid, expires = str(about["host"]), int(about["pid"]), float(about["expires"])
-    except CacheNotFoundError:
-        return True
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return True
-    return expires < now or (host == hostname() and not is_running(pid))
+        return Holder(shard, str(about["host"]), int(about["pid"]), float(about["expires"]))
+    except (CacheNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _is_stale(store: LocalStore, name: str, shard: int, now: float) -> bool:
+    holder = _read_holder(store, name, shard)
+    return holder is None or not holder.is_live(now)
 
 
 def current_manifest(store: LocalStore) -> Manifest:
@@ -270,7 +301,7 @@ def seal(store: LocalStore) -> Manifest:
         return manifest
     named = {shard_name(s, d) for s, d in zip(manifest.shards.shard, manifest.shards.digest, strict=True)}
     for name in store.list(SHARDS):
-        if _SHARD_NAME.fullmatch(name) and f"{SHARDS}/{name}" not in named:
+        if parse_shard_name(name) is not None and f"{SHARDS}/{name}" not in named:
             store.delete(f"{SHARDS}/{name}")
     for name in store.list(LEASES):
         store.delete(f"{LEASES}/{name}")

@@ -43,7 +43,10 @@ RecordT = TypeVar("RecordT", bound=BaseModel)
 
 
 class CacheSpec(Record):
-    """Everything that decides the bytes of the shards."""
+    """Everything that decides the bytes of the shards.
+
+    ``transcoded_from`` is the fingerprint of the cache that these targets were taken from, where it was not the teacher.
+    """
 
     teacher: TeacherSpec
     tokenizer: TokenizerSpec
@@ -52,6 +55,7 @@ class CacheSpec(Record):
     codec: CodecSpec
     compute: ComputeSpec
     rows_per_shard: Positive
+    transcoded_from: Digest | None = None
 
     def fields(self) -> dict[str, Any]:
         """Dotted name to value, of the fields that count."""

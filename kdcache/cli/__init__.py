@@ -26,6 +26,9 @@ COMMANDS = {
     "evaluate": "kdcache.cli.evaluate",
     "inspect": "kdcache.cli.inspect",
     "verify": "kdcache.cli.verify",
+    "status": "kdcache.cli.status",
+    "transcode": "kdcache.cli.transcode",
+    "gc": "kdcache.cli.gc",
 }
 
 

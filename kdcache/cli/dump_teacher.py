@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kdcache.cache.manifest import Manifest
 from kdcache.cli.flags import flags_of, given
 from kdcache.config import resolve_options
+from kdcache.dump.options import DumpOptions
 from kdcache.progress import launched_rank
 
 if TYPE_CHECKING:
     from kdcache.dump.launch import DumpResult
-from kdcache.dump.options import DumpOptions
 
 
 @click.command("dump-teacher")
@@ -51,9 +52,15 @@ def report(output: str, result: DumpResult) -> None:
     ):
         if number:
             click.echo(f"{number:,} of {stats.num_rows:,} {what}", err=True)
+    report_size(output, manifest)
+
+
+def report_size(output: str, manifest: Manifest) -> None:
+    """What a finished cache holds."""
+    stats = manifest.stats
     tail = stats.sum_tail_mass / max(stats.num_targets, 1)
     kept = "" if manifest.spec.targets.scheme == "hidden" else f", {1 - tail:.1%} of the mass kept"
     click.echo(
-        f"{output}: {stats.num_positions:,} tokens in {planned} shards, {manifest.num_bytes:,} bytes "
+        f"{output}: {stats.num_positions:,} tokens in {manifest.spec.num_shards} shards, {manifest.num_bytes:,} bytes "
         f"({manifest.num_bytes / max(stats.num_positions, 1):.1f} a token){kept}"
     )

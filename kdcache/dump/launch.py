@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from kdcache.cache.commit import committed_shards, read_plan, seal, table_name
 from kdcache.cache.manifest import Manifest, Plan
 from kdcache.cache.shard import digest
 from kdcache.cache.store import LocalStore
-from kdcache.config import write_provenance
+from kdcache.config import write_run
 from kdcache.corpus import load_rows
 from kdcache.dump.options import DumpOptions
 from kdcache.dump.plan import finished_before, make_plan, warn_about_versions
@@ -72,13 +71,7 @@ def dump(options: DumpOptions) -> DumpResult:
     keep_freed_memory()
     rank, world_size = launched_rank()
     plan, rows = make_plan(store, options)
-    write_provenance(
-        store.root / "runs",
-        f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}",
-        "dump-teacher",
-        options,
-        plan.spec.compute.device,
-    )
+    write_run(store.root, "dump-teacher", options, plan.spec.compute.device)
     warn_about_versions(plan)
     store.remove_abandoned()
     num_done = len(committed_shards(store))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from kdcache.cache.codec import QUALITIES
-from kdcache.config import Options, WeightedPaths
+from kdcache.cache.codec import describe_codec
+from kdcache.config import Options, Temperatures, WeightedPaths
 from kdcache.specs import DRAWN, CodecSpec, Scheme, TargetSpec
 
 DEFAULT_SHARD_POSITIONS = 65_536
@@ -69,7 +69,7 @@ class DumpOptions(Options):
     ] = 50
     target_seed: Annotated[int, Field(ge=0, lt=1 << 63, description="Of the draws.")] = 0
     temperatures: Annotated[
-        tuple[float, ...] | None,
+        Temperatures | None,
         Field(description="Temperatures at which students may train.  [default: 1,2,4; 1 where entries are drawn]"),
     ] = None
     average: Annotated[
@@ -112,24 +112,6 @@ class DumpOptions(Options):
         Field(description="Tokens of a shard, about; by default 65,536, or less for a small corpus."),
     ] = None
 
-    @field_validator("temperatures", mode="before")
-    @classmethod
-    def _parse_temperatures(cls, value: Any) -> Any:
-        """``"1,2,4"`` as well as a list; 1 is always there, and comes first."""
-        if isinstance(value, str):
-            value = [part for part in value.split(",") if part.strip()]
-        if isinstance(value, int | float):
-            value = [value]
-        if not isinstance(value, list | tuple):
-            return value
-        try:
-            numbers = sorted({float(part) for part in value} | {1.0})
-        except ValueError:
-            raise ValueError("numbers separated by commas were expected, as 1,2,4") from None
-        if numbers[0] <= 0 or numbers[-1] > 1000 or len(numbers) > 16:
-            raise ValueError("at most 16 temperatures, above 0 and up to 1000")
-        return (1.0, *(number for number in numbers if number != 1.0))
-
     @model_validator(mode="after")
     def _averages(self) -> Self:
         if self.average and self.targets == "hidden":
@@ -152,7 +134,5 @@ class DumpOptions(Options):
         )
 
     def codec_spec(self, targets: TargetSpec) -> CodecSpec:
-        """How targets of a scheme are stored; what the codec does not use counts for nothing."""
-        name: Literal["exact", "packed"] = "exact" if targets.scheme == "hidden" else self.codec
-        quality = QUALITIES[self.quality if name == "packed" else "standard"].for_entries(targets.max_entries)
-        return CodecSpec(name=name, step=quality.levels.step, growth=quality.levels.growth, max_kl=quality.max_kl)
+        """How targets of a scheme are stored."""
+        return describe_codec("exact" if targets.scheme == "hidden" else self.codec, self.quality, targets.max_entries)

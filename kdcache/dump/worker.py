@@ -6,7 +6,6 @@ handed over, so an error there stops the dump at once.
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -16,25 +15,21 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from kdcache.cache.commit import Lease, claim, commit_shard, committed_shards
-from kdcache.cache.manifest import Plan, ShardStats
+from kdcache.cache.manifest import Plan
 from kdcache.cache.shard import ShardBuilder, sequence_id
 from kdcache.cache.store import LocalStore, hostname
+from kdcache.cache.sums import ShardSums, warn_about_error
 from kdcache.corpus import CorpusCounts, make_sequences
 from kdcache.errors import KDCacheError, TeacherOutputError
-from kdcache.targets import SparseTargets, TokenSequence, check_alignment, kl_of_stored
+from kdcache.targets import SparseTargets, TokenSequence, check_alignment
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-logger = logging.getLogger(__name__)
-
 POLL_SECONDS = 0.5
-# The codec's error is measured on every eighth sequence.
-KL_EVERY = 8
 
 
 class Engine(Protocol):
@@ -115,15 +110,16 @@ class Worker:
                 check_alignment(sequences[index], targets, where, np.full(len(targets), 1e-3, dtype=np.float32))
                 frames[index] = codec.encode(targets)
                 stats.add(index, sequences[index], targets)
-                if index % KL_EVERY == 0 and codec.name != "exact":
-                    stored = codec.decode(frames[index], len(targets), where).expand(codec.temperatures)
-                    stats.add_error(index, kl_of_stored(targets, stored))
+                stats.add_error(index, targets, codec, frames[index])
 
         def finish() -> None:
             builder = ShardBuilder(codec, self.plan.fingerprint, shard)
             for index, sequence in enumerate(sequences):
                 builder.add_frames(sequence, frames[index])
-            total = stats.total(counts)
+            total = stats.total(
+                num_rows=counts.num_rows, num_skipped=counts.num_skipped, num_truncated=counts.num_truncated,
+                num_split=counts.num_split,
+            )  # fmt: skip
             warn_about_error(total, spec.codec.max_kl, shard)
             commit_shard(
                 self.store, self.plan, shard, memoryview(builder.finish()), total,
@@ -174,59 +170,6 @@ class Worker:
                     hint="try --dtype float32 or bfloat16; nothing of this shard was kept",
                 )
         return TeacherOutputError(f"shard {shard:05d}: {error.message}, in a batch but in none of its sequences alone")
-
-
-class ShardSums:
-    """Statistics of a shard, summed in the order of its sequences whatever the order of batches."""
-
-    def __init__(self) -> None:
-        self._rows: dict[int, tuple[int, int, int, float, float, float]] = {}
-        self._errors: dict[int, tuple[int, float]] = {}
-
-    def add(self, index: int, sequence: TokenSequence, targets: SparseTargets) -> None:
-        """Count a sequence in."""
-        self._rows[index] = (
-            len(sequence),
-            len(targets),
-            len(targets.token_ids),
-            float(np.exp(targets.tail_logprobs[:, 0].astype(np.float64)).sum()),
-            float(targets.entropy.sum(dtype=np.float64)),
-            float(-targets.label_logprobs.sum(dtype=np.float64)),
-        )
-
-    def add_error(self, index: int, kl: npt.NDArray[np.float64]) -> None:
-        """What storing a sequence cost, ``[N]`` nats."""
-        self._errors[index] = (len(kl), float(kl.sum()))
-
-    def total(self, counts: CorpusCounts) -> ShardStats:
-        """Statistics for the commit."""
-        columns = list(zip(*(self._rows[index] for index in sorted(self._rows)), strict=True)) or [()] * 6
-        errors = [self._errors[index] for index in sorted(self._errors)]
-        return ShardStats(
-            num_rows=counts.num_rows,
-            num_rows_skipped=counts.num_skipped,
-            num_rows_truncated=counts.num_truncated,
-            num_rows_split=counts.num_split,
-            num_sequences=len(self._rows),
-            num_positions=sum(columns[0]),
-            num_targets=sum(columns[1]),
-            num_entries=sum(columns[2]),
-            sum_tail_mass=sum(columns[3]),
-            sum_entropy=sum(columns[4]),
-            sum_label_nll=sum(columns[5]),
-            num_kl_targets=sum(number for number, _ in errors),
-            sum_codec_kl=sum(kl for _, kl in errors),
-        )
-
-
-def warn_about_error(stats: ShardStats, max_kl: float, shard: int) -> None:
-    """Say so where a shard's stored targets are further from what the teacher said than the codec declares."""
-    mean = stats.sum_codec_kl / max(stats.num_kl_targets, 1)
-    if mean > max_kl:
-        logger.warning(
-            "shard %05d: storing costs %.1e nats a position, the codec declares %.0e; --quality high or --codec exact costs less",
-            shard, mean, max_kl,
-        )  # fmt: skip
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

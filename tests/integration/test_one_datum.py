@@ -7,11 +7,11 @@ from kdcache.cache.commit import commit_shard, publish_plan, seal
 from kdcache.cache.reader import open_cache
 from kdcache.cache.shard import ShardBuilder
 from kdcache.cache.store import LocalStore
+from kdcache.cache.sums import ShardSums
 from kdcache.corpus import CorpusCounts, load_rows, make_sequences
 from kdcache.dump.engines.transformers import TransformersEngine
 from kdcache.dump.options import DumpOptions
 from kdcache.dump.plan import make_plan
-from kdcache.dump.worker import ShardSums
 from kdcache.heads import head_of, hidden_states
 from kdcache.model_files import find_model
 from kdcache.models import load_model, load_tokenizer
@@ -46,7 +46,9 @@ def test_one_datum(tmp_path, tiny_teacher, tiny_student, corpus_file):
     for index, (one, said) in enumerate(zip(sequences, targets, strict=True)):
         builder.add(one, said)
         sums.add(index, one, said)
-    assert commit_shard(store, plan, 0, memoryview(builder.finish()), sums.total(counts), worker="me", seconds=0.0)
+    total = sums.total(num_rows=counts.num_rows, num_skipped=counts.num_skipped, num_truncated=counts.num_truncated,
+                       num_split=counts.num_split)  # fmt: skip
+    assert commit_shard(store, plan, 0, memoryview(builder.finish()), total, worker="me", seconds=0.0)
     assert seal(store).sealed
 
     # Phase 2 opens the cache by index, without a teacher; probabilities and tail sum to one.

@@ -1,0 +1,57 @@
+"""What a cache no longer needs: leftovers of writers that died or came second.
+
+**What stays, always**: a shard file of a shard that is not committed yet. Its writer may be about to commit it, also one that
+was stopped for longer than its lease; deleting it then would leave a commit without its file.
+"""
+
+from __future__ import annotations
+
+import time
+
+from kdcache.cache.commit import (
+    LEASES,
+    SHARDS,
+    TABLES,
+    parse_shard_name,
+    read_commits,
+    read_plan,
+    shard_name,
+    table_name,
+)
+from kdcache.cache.status import cache_status
+from kdcache.cache.store import LocalStore
+
+
+def find_garbage(store: LocalStore, now: float | None = None) -> list[str]:
+    """Names of the files that can go, sorted: shard files that lost to another commit, heads that no commit names, stale leases.
+
+    Raises:
+        CacheNotFoundError: There is no cache here.
+        CacheError: A record is damaged: then nothing can be told apart.
+    """
+    now = time.time() if now is None else now
+    plan, commits = read_plan(store), read_commits(store)
+    named = {shard_name(commit.shard, commit.digest) for commit in commits}
+    committed = {commit.shard for commit in commits}
+    garbage = [
+        f"{SHARDS}/{name}"
+        for name in store.list(SHARDS)
+        if (shard := parse_shard_name(name)) is not None and shard in committed and f"{SHARDS}/{name}" not in named
+    ]
+    if len(committed) == plan.spec.num_shards:
+        tables = {table_name(commit.head_digest) for commit in commits if commit.head_digest}
+        garbage += [f"{TABLES}/{name}" for name in store.list(TABLES) if f"{TABLES}/{name}" not in tables]
+    garbage += [f"{LEASES}/{name}" for name in cache_status(store, now).stale]
+    return sorted(garbage)
+
+
+def collect_garbage(store: LocalStore) -> tuple[list[str], int]:
+    """Delete what :func:`find_garbage` finds, and temporary files of writers of this host that no longer run.
+
+    Returns:
+        Names of the files deleted, and how many temporary ones.
+    """
+    garbage = find_garbage(store)
+    for name in garbage:
+        store.delete(name)
+    return garbage, store.remove_abandoned()

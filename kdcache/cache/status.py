@@ -1,0 +1,90 @@
+"""How far a dump is, from what lies on disk: anyone who can read the folder can ask, while it runs or after it stopped."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import pairwise
+
+from kdcache.cache.commit import Holder, read_commits, read_leases, read_plan
+from kdcache.cache.manifest import Commit
+from kdcache.cache.store import LocalStore
+
+# The rate is that of the last so many commits of all workers together.
+RATE_COMMITS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What :func:`cache_status` found.
+
+    Attributes:
+        num_shards: Planned.
+        num_committed: Of them.
+        num_positions: Tokens committed.
+        num_bytes: Of the committed shards.
+        in_flight: Leases of workers that live.
+        stale: Leases of workers that do not, and files that are no leases.
+        holes: Shards that are neither committed nor in flight, as first and last of each run.
+        tokens_per_second: Of all workers together, lately; None before there are two commits.
+        seconds_left: At that rate; 0 when all is committed, None where the rate is unknown.
+    """
+
+    num_shards: int
+    num_committed: int
+    num_positions: int
+    num_bytes: int
+    in_flight: list[Holder]
+    stale: list[str]
+    holes: list[tuple[int, int]]
+    tokens_per_second: float | None
+    seconds_left: float | None
+
+
+def cache_status(store: LocalStore, now: float | None = None) -> Status:
+    """Look at plan, commits and leases.
+
+    Raises:
+        CacheNotFoundError: There is no cache here.
+        CacheError: A record is damaged.
+    """
+    now = time.time() if now is None else now
+    plan, commits, leases = read_plan(store), read_commits(store), read_leases(store)
+    committed = {commit.shard for commit in commits}
+    holders = [lease for lease in leases if isinstance(lease, Holder)]
+    in_flight = [holder for holder in holders if holder.is_live(now) and holder.shard not in committed]
+    stale = [f"{holder.shard:05d}.json" for holder in holders if holder not in in_flight]
+    open_shards = committed | {holder.shard for holder in in_flight}
+    holes = [shard for shard in range(plan.spec.num_shards) if shard not in open_shards]
+    left = plan.spec.num_shards - len(commits)
+    positions = sum(commit.stats.num_positions for commit in commits)
+    rate = _rate(commits)
+    return Status(
+        num_shards=plan.spec.num_shards,
+        num_committed=len(commits),
+        num_positions=positions,
+        num_bytes=sum(commit.num_bytes for commit in commits),
+        in_flight=in_flight,
+        stale=sorted(stale + [lease for lease in leases if isinstance(lease, str)]),
+        holes=_runs(holes),
+        tokens_per_second=rate,
+        seconds_left=0.0 if not left else left * positions / len(commits) / rate if rate else None,
+    )
+
+
+def _rate(commits: list[Commit]) -> float | None:
+    """Tokens between the oldest and the newest of the last commits, whoever made them."""
+    last = sorted((datetime.fromisoformat(c.finished_at).timestamp(), c.stats.num_positions) for c in commits)
+    last = last[-RATE_COMMITS:]
+    if len(last) < 2:
+        return None
+    # Times are whole seconds.
+    return sum(positions for _, positions in last[1:]) / max(last[-1][0] - last[0][0], 1.0)
+
+
+def _runs(numbers: list[int]) -> list[tuple[int, int]]:
+    """``[1, 2, 3, 7]`` as ``[(1, 3), (7, 7)]``."""
+    breaks = [i for i, (a, b) in enumerate(pairwise(numbers), start=1) if b != a + 1]
+    edges = [0, *breaks, len(numbers)] if numbers else []
+    return [(numbers[a], numbers[b - 1]) for a, b in pairwise(edges)]

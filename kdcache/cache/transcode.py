@@ -1,0 +1,174 @@
+"""One cache made from another: fewer entries, fewer temperatures, another codec or quality. Never the teacher.
+
+A shard of the new cache is a function of the same shard of the old one, so everything that a dump promises holds here: it is
+planned first, committed shard by shard, taken up again where it was stopped, and several processes may work at it. The plan
+names the old cache by its fingerprint (``transcoded_from``): targets that went through a lossy codec are told apart from
+those that came from the teacher.
+
+**Refused**: what the old cache cannot give. More entries, undeclared temperatures, a finer quality than it has, other draws.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from kdcache.cache.codec import CodecName, describe_codec
+from kdcache.cache.commit import (
+    Lease,
+    check_is_ours,
+    claim,
+    commit_shard,
+    committed_shards,
+    publish_plan,
+    read_commit,
+    read_plan,
+    seal,
+)
+from kdcache.cache.manifest import Manifest, Plan
+from kdcache.cache.reader import CacheReader
+from kdcache.cache.shard import ShardBuilder
+from kdcache.cache.store import LocalStore, hostname
+from kdcache.cache.sums import ShardSums, warn_about_error
+from kdcache.config import Options, Temperatures, write_run
+from kdcache.errors import ConfigError
+from kdcache.progress import Progress
+from kdcache.specs import DRAWN, CodecSpec, TargetSpec
+from kdcache.targets import SparseTargets, check_alignment, keep_most_probable, keep_temperatures, temperature_index
+
+POLL_SECONDS = 0.5
+
+
+class TranscodeOptions(Options):
+    """What the new cache holds; what is not said stays as it is."""
+
+    cache: Annotated[str, Field(description="The cache to take targets from.")]
+    output: Annotated[str, Field(description="The new cache.")]
+    top_k: Annotated[Annotated[int, Field(ge=1)] | None, Field(description="Keep so many of the entries.")] = None
+    temperatures: Annotated[
+        Temperatures | None, Field(description="Keep these of the declared temperatures, 1 among them.")
+    ] = None
+    codec: Annotated[Literal["packed", "exact"] | None, Field(description="packed or exact.")] = None
+    quality: Annotated[
+        Literal["high", "standard", "small"] | None, Field(description="Of packed; adds its error to what was lost.")
+    ] = None
+
+
+def transcode(options: TranscodeOptions) -> Manifest:
+    """Make the new cache, or go on with it.
+
+    Raises:
+        ConfigError: The old cache cannot give what is asked for.
+        CacheError: It is incomplete or damaged, or the output was begun otherwise.
+    """
+    source = CacheReader(LocalStore(options.cache))
+    store = LocalStore(options.output)
+    if store.root.resolve() == source.store.root.resolve():
+        raise ConfigError(f"--output {store} is the cache itself", hint="name another folder")
+    check_is_ours(store)
+    plan = publish_plan(store, plan_of(source, options))
+    write_run(store.root, "transcode", options, "cpu")
+    done, planned = len(committed_shards(store)), plan.spec.num_shards
+    with Progress("transcode", planned, done) as progress:
+        while left := sorted(set(range(planned)) - committed_shards(store)):
+            lease = next((lease for shard in left if (lease := claim(store, shard))), None)
+            if lease is None:
+                time.sleep(POLL_SECONDS)
+                continue
+            if lease.shard not in committed_shards(store):
+                _transcode_shard(source, store, plan, lease)
+            lease.release()
+            now = len(committed_shards(store))
+            progress.update(now - done, f"{now}/{planned} shards")
+    return seal(store)
+
+
+def plan_of(source: CacheReader, options: TranscodeOptions) -> Plan:
+    """The plan of the new cache.
+
+    Raises:
+        ConfigError: The old cache cannot give it.
+    """
+    old = source.spec
+    if old.targets.scheme == "hidden":
+        raise ConfigError(
+            f"{source.store} holds hidden states, which are stored as they are",
+            hint="transcode takes caches of entries; a hidden cache is read at any temperature as it stands",
+        )
+    targets = _fewer(old.targets, options)
+    codec = _codec(old.codec, targets, options)
+    spec = old.model_copy(update={"targets": targets, "codec": codec, "transcoded_from": source.manifest.fingerprint})
+    return Plan(spec=spec, fingerprint=spec.fingerprint, environment=read_plan(source.store).environment)
+
+
+def _fewer(old: TargetSpec, options: TranscodeOptions) -> TargetSpec:
+    changes: dict[str, object] = {}
+    if options.top_k is not None and options.top_k != old.k:
+        if old.scheme in DRAWN:
+            raise ConfigError(
+                f"--top-k {options.top_k}: entries of a {old.scheme} cache were drawn, and leaving some out biases the rest",
+                hint="dump again with fewer draws",
+            )
+        if options.top_k > old.k:
+            raise ConfigError(
+                f"--top-k {options.top_k}: the cache keeps {old.k} entries", hint="dump again to keep more"
+            )
+        changes["k"] = options.top_k
+    if options.temperatures is not None:
+        for temperature in options.temperatures:
+            temperature_index(old.temperatures, temperature)
+        changes["temperatures"] = options.temperatures
+    return TargetSpec.model_validate(old.model_dump() | changes)
+
+
+def _codec(old: CodecSpec, targets: TargetSpec, options: TranscodeOptions) -> CodecSpec:
+    name: CodecName = options.codec or old.name
+    if name == old.name and options.quality is None:
+        return old
+    new = describe_codec(name, options.quality or "standard", targets.max_entries)
+    if old.name == "packed" and (name == "exact" or new.max_kl < old.max_kl):
+        raise ConfigError(
+            f"the cache is packed with an error of up to {old.max_kl:g} nats: {name} of a finer quality cannot bring back what "
+            "was lost",
+            hint="dump again, with --quality high or --codec exact",
+        )
+    return new
+
+
+def _transcode_shard(source: CacheReader, store: LocalStore, plan: Plan, lease: Lease) -> None:
+    started, shard = time.monotonic(), lease.shard
+    old, codec = source.open_shard(shard), plan.spec.make_codec()
+    builder, sums = ShardBuilder(codec, plan.fingerprint, shard), ShardSums()
+    for row in range(len(old)):
+        lease.renew()
+        sequence = old.sequence(row)
+        said = old.targets(row, int(sequence.target_mask.sum())).expand(source.temperatures)
+        where = f"{source.store}, shard {shard:05d}, sequence {row}"
+        check_alignment(sequence, said, where, 2 * source.codec.logprob_error_bound(said.label_logprobs))
+        targets = change(said, plan.spec.targets)
+        frames = codec.encode(targets)
+        builder.add_frames(sequence, frames)
+        sums.add(row, sequence, targets)
+        sums.add_error(row, targets, codec, frames)
+    before = read_commit(source.store, shard).stats
+    total = sums.total(
+        num_rows=before.num_rows, num_skipped=before.num_rows_skipped, num_truncated=before.num_rows_truncated,
+        num_split=before.num_rows_split,
+    )  # fmt: skip
+    warn_about_error(total, plan.spec.codec.max_kl, shard)
+    commit_shard(
+        store, plan, shard, memoryview(builder.finish()), total,
+        worker=f"{hostname()}:{os.getpid()}", seconds=time.monotonic() - started,
+    )  # fmt: skip
+
+
+def change(targets: SparseTargets, spec: TargetSpec) -> SparseTargets:
+    """Targets of one sequence, cut down to what a spec says."""
+    if targets.temperatures != spec.temperatures:
+        targets = keep_temperatures(targets, spec.temperatures)
+    if targets.counts is None and int(targets.num_entries.max(initial=0)) > spec.k:
+        targets = keep_most_probable(targets, spec.k)
+    return targets

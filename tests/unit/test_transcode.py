@@ -1,0 +1,171 @@
+"""A cache made from a cache holds what a dump with those settings would have, and can be stopped anywhere."""
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from kdcache.cache.commit import commit_name, publish_plan, read_plan
+from kdcache.cache.reader import open_cache
+from kdcache.cache.store import LocalStore
+from kdcache.cache.transcode import TranscodeOptions, plan_of, transcode
+from kdcache.cache.verify import verify_cache
+from kdcache.cli import main
+from kdcache.errors import CacheIncompleteError, CacheMismatchError, ConfigError
+from kdcache.targets import keep_entries, keep_most_probable, keep_temperatures
+from tests.strategies import all_files, make_plan, make_row, put_shard, targets_from_logits, write_cache, zipf_logits
+
+EXACT = make_plan(codec__name="exact", targets__temperatures=[1.0, 2.0, 4.0])
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write_cache(tmp_path / "source", EXACT)
+
+
+def changed(source, tmp_path, name="new", **options):
+    transcode(TranscodeOptions(cache=str(source), output=str(tmp_path / name), **options))
+    return open_cache(tmp_path / name)
+
+
+def kdcache(*arguments):
+    return CliRunner().invoke(main, ["-q", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("k", [1, 3, 7])
+@pytest.mark.parametrize("temperatures", [(1.0,), (1.0, 4.0), (1.0, 2.0, 4.0)])
+def test_fewer_entries_and_temperatures_equal_a_dump_of_them(k, temperatures):
+    rng = np.random.default_rng(0)
+    logits, labels = zipf_logits(rng, 40, 300), rng.integers(0, 300, 40)
+    all_of_them = targets_from_logits(logits, labels, 8, (1.0, 2.0, 4.0))
+    wanted = targets_from_logits(logits, labels, k, temperatures)
+    for found in (
+        keep_most_probable(keep_temperatures(all_of_them, temperatures), k),
+        keep_temperatures(keep_most_probable(all_of_them, k), temperatures),
+    ):
+        assert found.temperatures == temperatures
+        np.testing.assert_array_equal(found.token_ids, wanted.token_ids)
+        np.testing.assert_array_equal(found.num_entries, wanted.num_entries)
+        np.testing.assert_allclose(found.logprobs, wanted.logprobs, atol=1e-6)
+        np.testing.assert_allclose(found.tail_logprobs, wanted.tail_logprobs, atol=2e-5)
+
+
+def test_of_equal_entries_the_lower_ids_stay():
+    logits = np.zeros((2, 9))
+    targets = targets_from_logits(logits, np.zeros(2, int), 6)
+    assert keep_most_probable(targets, 2).token_ids.tolist() == [0, 1, 0, 1]
+
+
+def test_all_entries_kept_is_the_same_and_none_kept_is_all_tail():
+    rng = np.random.default_rng(0)
+    targets = targets_from_logits(zipf_logits(rng, 5, 50), np.zeros(5, int), 8)
+    same = keep_entries(targets, np.ones(40, bool))
+    np.testing.assert_allclose(same.tail_logprobs, targets.tail_logprobs, atol=1e-6)
+    nothing = keep_entries(targets, np.zeros(40, bool))
+    np.testing.assert_allclose(nothing.tail_logprobs, 0, atol=1e-6)
+    assert not len(nothing.token_ids) and not nothing.num_entries.any()
+
+
+def test_entries_drawn_at_no_temperature_that_is_left_go_and_exact_ones_stay():
+    rng = np.random.default_rng(0)
+    base = targets_from_logits(zipf_logits(rng, 1, 50), np.zeros(1, int), 4, (1.0, 2.0))
+    counts = np.array([[3, 0], [0, 2], [0, 0], [1, 1]], np.uint16)  # drawn at 1, at 2, exact, at both
+    targets = keep_entries(base, np.ones(4, bool))
+    targets = type(base)(**{name: getattr(targets, name) for name in base.__slots__ if name != "counts"}, counts=counts)
+    at_1 = keep_temperatures(targets, (1.0,))
+    assert at_1.token_ids.tolist() == targets.token_ids[[0, 2, 3]].tolist()
+    assert at_1.counts.tolist() == [[3], [0], [1]]
+    np.testing.assert_allclose(at_1.weights_at(1.0).sum(), targets.weights_at(1.0).sum(), atol=1e-6)
+
+
+def test_a_transcoded_cache_is_a_cache(source, tmp_path):
+    new = changed(source, tmp_path, top_k=3, temperatures="1,2", codec="packed")
+    old = open_cache(source.root)
+    assert (new.spec.targets.k, new.temperatures, new.codec.name) == (3, (1.0, 2.0), "packed")
+    assert new.spec.transcoded_from == old.manifest.fingerprint != new.manifest.fingerprint
+    assert verify_cache(new.store).intact and len(new) == len(old) == 10
+    for index in range(len(old)):
+        _, wanted = make_row(make_plan(targets__k=3), index)
+        row = new[index]
+        np.testing.assert_array_equal(row.sequence.input_ids, old[index].sequence.input_ids)
+        np.testing.assert_array_equal(row.targets.token_ids, wanted.token_ids)
+        bound = new.codec.logprob_error_bound(wanted.logprobs)
+        assert (np.abs(row.targets.logprobs - wanted.logprobs) <= bound).all()
+    assert new.manifest.stats.num_entries < old.manifest.stats.num_entries
+    assert new.manifest.stats.num_rows == old.manifest.stats.num_rows
+    assert 0 < new.manifest.stats.sum_codec_kl / new.manifest.stats.num_kl_targets < 1e-3
+
+
+def test_stopped_anywhere_it_ends_in_the_same_bytes(source, tmp_path):
+    whole = changed(source, tmp_path, "whole", top_k=3)
+    changed(source, tmp_path, "again", top_k=3)
+    for shard in (1, 3):
+        (tmp_path / "again" / commit_name(shard)).unlink()
+    (tmp_path / "again" / "manifest.json").unlink()
+    changed(source, tmp_path, "again", top_k=3)
+    kept = ("shards", "plan.json", "manifest.json")
+    one, two = (
+        {n: d for n, d in all_files(tmp_path / name).items() if n.startswith(kept)} for name in ("whole", "again")
+    )
+    assert one == two
+    assert whole.manifest.sealed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k": 9}, "the cache keeps 8 entries"),
+        ({"temperatures": "1,3"}, "declared are 1, 2, 4"),
+    ],
+)
+def test_what_the_cache_cannot_give_is_refused(source, tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        changed(source, tmp_path, **options)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("options", [{"quality": "high"}, {"codec": "exact"}])
+def test_what_a_lossy_codec_lost_stays_lost(tmp_path, options):
+    packed = write_cache(tmp_path / "packed")
+    with pytest.raises(ConfigError, match="cannot bring back"):
+        changed(packed, tmp_path, **options)
+    assert changed(packed, tmp_path, quality="small").spec.codec.max_kl == 1e-2
+
+
+def test_draws_cannot_be_thinned(tmp_path):
+    plan = make_plan(targets={"scheme": "systematic", "k": 0, "num_draws": 8, "temperatures": [1.0]})
+    publish_plan(LocalStore(tmp_path / "drawn"), plan)
+    with pytest.raises(ConfigError, match="were drawn"):
+        plan_of(Reader(plan), TranscodeOptions(cache="x", output="y", top_k=4))
+
+
+class Reader:
+    """What ``plan_of`` asks of a reader."""
+
+    def __init__(self, plan):
+        self.spec, self.store = plan.spec, "x"
+
+
+def test_other_settings_an_unfinished_source_and_the_cache_itself_are_refused(source, tmp_path):
+    changed(source, tmp_path, top_k=3)
+    with pytest.raises(CacheMismatchError, match=r"targets\.k: the cache has 3, this run asks for 2"):
+        changed(source, tmp_path, top_k=2)
+    with pytest.raises(ConfigError, match="is the cache itself"):
+        transcode(TranscodeOptions(cache=str(source), output=str(source)))
+    unfinished = LocalStore(tmp_path / "unfinished")
+    publish_plan(unfinished, EXACT)
+    put_shard(unfinished, EXACT, 0)
+    with pytest.raises(CacheIncompleteError):
+        changed(unfinished, tmp_path, "other")
+
+
+def test_the_command(source, tmp_path):
+    done = kdcache("transcode", "--cache", source, "--output", tmp_path / "new", "--top-k", 2, "--quality", "small", "--codec", "packed")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "in 4 shards" in done.output and "of the mass kept" in done.output
+    assert read_plan(LocalStore(tmp_path / "new")).spec.codec.max_kl == 1e-2
+    assert list((tmp_path / "new" / "runs").glob("*.provenance.json"))
+    missing = kdcache("transcode", "--cache", tmp_path / "nowhere", "--output", tmp_path / "x")
+    assert missing.exit_code == 1 and "is not a kdcache cache" in missing.output
+    assert kdcache("transcode", "--cache", source).exit_code == 1
+    wrong = kdcache("transcode", "--cache", source, "--output", tmp_path / "y", "--temperatures", "1,x")
+    assert wrong.exit_code == 1 and "numbers separated by commas" in wrong.output
