@@ -1,0 +1,141 @@
+"""A reader of the format that shares nothing with ``kdcache.cache``: written from ``docs/format.md``, and held against it.
+
+``read_cache(folder)`` gives a dict of arrays a sequence. It checks digests, and is otherwise as short as it can be.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+import zstandard
+
+
+def record(path):
+    """A JSON record whose digest holds."""
+    fields = json.loads(path.read_text())
+    digest = fields.pop("record_digest")
+    canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    assert hashlib.sha256(canonical.encode()).hexdigest()[:32] == digest, path
+    assert fields["format_version"] == 1
+    return fields
+
+
+def read_cache(folder):
+    """Every sequence of a finished cache, in order."""
+    folder = Path(folder)
+    plan, manifest = record(folder / "plan.json"), record(folder / "manifest.json")
+    spec = plan["spec"]
+    num_shards = -(-spec["corpus"]["num_rows"] // spec["rows_per_shard"])
+    assert manifest["sealed"] and manifest["shards"]["shard"] == list(range(num_shards))
+    for shard in range(num_shards):
+        commit = record(folder / "commits" / f"{shard:05d}.json")
+        data = (folder / "shards" / f"{shard:05d}-{commit['digest']}.arrow").read_bytes()
+        assert xxhash.xxh3_128_hexdigest(data) == commit["digest"] == manifest["shards"]["digest"][shard]
+        batch = pa.ipc.open_file(pa.py_buffer(data)).get_batch(0)
+        about = json.loads(batch.schema.metadata[b"kdcache"])
+        assert about == {"format_version": 1, "plan": plan["fingerprint"], "shard": shard}
+        for row, columns in enumerate(batch.to_pylist()):
+            assert columns["sequence_id"] == shard << 32 | row
+            yield read_row(columns, spec)
+
+
+def read_row(columns, spec):
+    """One sequence: tokens, and what the teacher said."""
+
+    def array(name, dtype):
+        return np.frombuffer(zstandard.ZstdDecompressor().decompress(columns[name]), dtype=dtype)
+
+    length, vocab_size = columns["num_positions"], spec["teacher"]["vocab_size"]
+    ids = array("input_ids", "<u2" if vocab_size <= 65_536 else "<u4").astype(np.uint32)
+    mask = np.unpackbits(array("loss_mask", "u1"))[:length].astype(bool)
+    starts = array("document_starts", "<u4")
+    hashed = xxhash.xxh3_64(ids.astype("<u4").tobytes() + np.packbits(mask).tobytes() + starts.astype("<u4").tobytes())
+    assert hashed.intdigest() == columns["content_hash"] and len(ids) == length
+    n = int(mask[1:].sum())
+    read = read_exact if spec["codec"]["name"] == "exact" else read_packed
+    return {"input_ids": ids, "loss_mask": mask, "document_starts": starts, **read(array, n, spec, columns)}
+
+
+def counts_of(array, spec, total, columns):
+    """Draws ``[temperatures, E]``, or nothing."""
+    if "counts" not in columns:
+        return None
+    dtype = "u1" if spec["targets"]["num_draws"] < 256 else "<u2"
+    return array("counts", dtype).reshape(len(spec["targets"]["temperatures"]), total).astype(np.uint16)
+
+
+def read_exact(array, n, spec, columns):
+    """Codec ``exact``."""
+    num_entries = array("num_entries", "<u4")
+    out = {"num_entries": num_entries, "token_ids": array("token_ids", "<u4"), "logprobs": array("logprobs", "<f4"),
+           "tails": array("tails", "<f4").reshape(n, -1), "logz": array("logz", "<f4"),
+           "label_logprobs": array("label_logprobs", "<f4"), "entropy": array("entropy", "<f4")}  # fmt: skip
+    counts = counts_of(array, spec, int(num_entries.sum()), columns)
+    if counts is not None:
+        out["counts"] = counts.T
+    if "hidden" in columns:
+        bf16 = spec["teacher"]["dtype"] == "bfloat16"
+        raw = array("hidden", "<u2" if bf16 else "<f4").reshape(n, -1)
+        out["hidden"] = (raw.astype("<u4") << 16).view("<f4") if bf16 else raw
+    return out
+
+
+def read_packed(array, n, spec, columns):
+    """Codec ``packed``, an entry at a time."""
+    step, growth = spec["codec"]["step"], spec["codec"]["growth"]
+    level = [0.0]
+    while len(level) < 256:
+        level.append(level[-1] + min(step * np.exp(growth * level[-1]), 1.0))
+    narrow = max_entries(spec["targets"], spec["teacher"]["vocab_size"]) <= 255
+    num_entries = array("num_entries", "u1" if narrow else "<u4").astype(int)
+    symbols, low, escapes = array("id_symbols", "u1"), iter(array("id_low", "u1")), iter(array("id_escapes", "<u4"))
+    stored, lowest = iter(array("levels", "u1")), array("lowest_level", "u1")
+    counts = counts_of(array, spec, len(symbols), columns)
+    by_count = sorted(range(n), key=lambda row: -num_entries[row])
+    rows = [[] for _ in range(n)]
+    place = 0
+    for rank in range(max(num_entries, default=0)):
+        for row in by_count:
+            if rank >= num_entries[row]:
+                continue
+            symbol, last = int(symbols[place]), rows[row][-1][0] if rows[row] else -1
+            gap = (
+                symbol
+                if symbol < 60
+                else int(next(escapes))
+                if symbol == 255
+                else 60 + ((symbol - 60) << 8) + int(next(low))
+            )
+            drawn = None if counts is None else counts[:, place]
+            rows[row].append((last + gap + 1, -level[int(lowest[row]) - int(next(stored))], drawn))
+            place += 1
+    tails = log_tails(array("tails", "u1").reshape(-1, n).T)
+    logprobs = []
+    for row, tail in zip(rows, tails[:, 0], strict=True):
+        scores = np.array([logprob for _, logprob, _ in row])
+        if row:
+            logprobs.append(scores - np.log(np.exp(scores).sum()) + np.log(-np.expm1(tail)))
+    out = {
+        "num_entries": num_entries, "token_ids": np.array([e[0] for row in rows for e in row]),
+        "logprobs": np.concatenate([[], *logprobs]), "tails": tails,
+        "logz": array("logz", "u1").reshape(2, -1).T.copy().view("<i2").ravel() / 8,
+        "label_logprobs": -np.array(level)[array("label_levels", "u1")], "entropy": array("entropy", "u1") / 8,
+    }  # fmt: skip
+    if counts is not None:
+        out["counts"] = np.array([e[2] for row in rows for e in row])
+    return out
+
+
+def max_entries(targets, vocab_size):
+    """The most entries that a row can have: those kept, and one for each draw at each temperature."""
+    return min(targets["k"] + targets["num_draws"] * len(targets["temperatures"]), 1 << 32)
+
+
+def log_tails(codes):
+    """Log mass of the tail, from codes of its log-odds."""
+    i = codes.astype(float) - 1
+    odds = np.where(i < 24, -12 + i / 4, np.where(i < 168, -6 + (i - 24) / 16, 3 + (i - 168) / 8))
+    return np.where(codes == 0, -np.inf, -np.log1p(np.exp(-odds)))

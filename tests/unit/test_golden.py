@@ -1,0 +1,57 @@
+"""Caches written once stay readable, and say what a reader made from ``docs/format.md`` alone finds in them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kdcache.cache.reader import open_cache
+from kdcache.cache.store import LocalStore
+from kdcache.cache.verify import verify_cache
+from tests.reference_reader import read_cache
+from tests.strategies import make_plan, write_cache
+
+GOLDEN = sorted((Path(__file__).parents[1] / "golden" / "version-1").iterdir())
+
+
+def assert_agree(folder):
+    cache, reference = open_cache(folder), list(read_cache(folder))
+    assert len(cache) == len(reference) > 0
+    for row, other in zip(cache, reference, strict=True):
+        sequence, targets = row.sequence, row.targets
+        ours = {"input_ids": sequence.input_ids, "loss_mask": sequence.loss_mask, "num_entries": targets.num_entries,
+                "document_starts": sequence.document_starts, "token_ids": targets.token_ids,
+                "logprobs": targets.logprobs, "tails": targets.tail_logprobs, "logz": targets.logz,
+                "label_logprobs": targets.label_logprobs, "entropy": targets.entropy}  # fmt: skip
+        ours |= {name: array for name in ("counts", "hidden") if (array := getattr(targets, name)) is not None}
+        assert ours.keys() == other.keys()
+        for name, array in ours.items():
+            if np.issubdtype(array.dtype, np.floating):
+                np.testing.assert_allclose(array, other[name], rtol=1e-5, atol=1e-5, err_msg=name)
+            else:
+                np.testing.assert_array_equal(array, other[name], err_msg=name)
+
+
+@pytest.mark.parametrize("folder", GOLDEN, ids=lambda path: path.name)
+def test_golden_caches_are_whole_and_two_readers_agree(folder):
+    assert verify_cache(LocalStore(folder)).intact
+    assert_agree(folder)
+
+
+def test_there_is_a_golden_cache_of_every_codec_and_kind_of_scheme():
+    specs = [open_cache(folder).spec for folder in GOLDEN]
+    assert {(spec.codec.name, spec.targets.scheme) for spec in specs} >= {
+        ("packed", "top_k"), ("exact", "top_k"), ("packed", "top_p"), ("packed", "sampled"), ("packed", "hybrid"),
+        ("packed", "systematic"), ("exact", "systematic"), ("exact", "hidden"),
+    }  # fmt: skip
+    assert sum(path.stat().st_size for folder in GOLDEN for path in folder.rglob("*") if path.is_file()) < 200_000
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"codec__name": "exact"}, {"targets__k": 300}, {"teacher__vocab_size": 70_000}]
+)
+def test_two_readers_agree_on_caches_made_now(tmp_path, changes):
+    if "teacher__vocab_size" in changes:
+        changes = changes | {"tokenizer__num_tokens": 70_000}
+    write_cache(tmp_path, make_plan(**changes))
+    assert_agree(tmp_path)
