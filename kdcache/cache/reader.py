@@ -16,6 +16,7 @@ import numpy as np
 
 from kdcache.cache.codec import CompactTargets
 from kdcache.cache.commit import current_manifest, shard_name, table_name
+from kdcache.cache.manifest import Manifest
 from kdcache.cache.shard import ShardReader, content_hash, digest
 from kdcache.cache.store import LocalStore
 from kdcache.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, CacheNotFoundError, StoreError
@@ -55,9 +56,9 @@ class CacheReader:
         manifest: The cache's description of itself.
     """
 
-    def __init__(self, store: LocalStore, *, allow_incomplete: bool = False) -> None:
+    def __init__(self, store: LocalStore, *, allow_incomplete: bool = False, manifest: Manifest | None = None) -> None:
         self.store = store
-        self.manifest = current_manifest(store)
+        self.manifest = manifest or current_manifest(store)
         self.spec = self.manifest.spec
         self.codec = self.spec.make_codec()
         if not self.manifest.sealed and not allow_incomplete:
@@ -161,7 +162,7 @@ class CacheReader:
         except (CacheNotFoundError, StoreError) as error:
             raise CacheCorruptError(
                 f"shard {number:05d}: {error.message}",
-                hint=f"remove {self.store}/commits/{number:05d}.json and run the dump again: only this shard is redone",
+                hint=f"kdcache verify {self.store} --repair, then the same dump again: only this shard is redone",
             ) from error
         return ShardReader(
             data,

@@ -119,7 +119,7 @@ class ShardReader:
         if expected_digest is not None and (found := digest(memoryview(data))) != expected_digest:
             raise CacheCorruptError(
                 f"{self.where}: digest {expected_digest} was committed, the bytes on disk have {found}",
-                hint="kdcache verify CACHE lists every damaged shard; remove its commit and run the dump again",
+                hint="kdcache verify CACHE --repair takes every damaged shard back; the same dump then makes only these anew",
             )
         try:
             reader = pa.ipc.open_file(pa.py_buffer(data))

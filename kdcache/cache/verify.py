@@ -5,8 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from kdcache.cache.commit import MANIFEST, PLAN, commit_name, current_manifest, read_commits, read_plan
-from kdcache.cache.manifest import derive_manifest, to_json
+from kdcache.cache.commit import (
+    MANIFEST,
+    PLAN,
+    commit_name,
+    committed_shards,
+    current_manifest,
+    read_commit,
+    read_commits,
+    read_plan,
+    table_name,
+)
+from kdcache.cache.manifest import Commit, Manifest, Plan, derive_manifest, to_json
 from kdcache.cache.reader import CacheReader
 from kdcache.cache.shard import sequence_id
 from kdcache.cache.store import LocalStore
@@ -22,6 +32,8 @@ class Audit:
         num_shards: Shards planned.
         num_verified: Shards read and found whole.
         missing: Planned shards that are not committed.
+        damaged: Committed shards whose file or commit is not whole.
+        damaged_head: Digest of the output head of a ``hidden`` cache that is not what was committed, or None.
         problems: One line each; empty when all is well.
     """
 
@@ -29,6 +41,8 @@ class Audit:
     num_verified: int = 0
     num_sequences: int = 0
     missing: list[int] = field(default_factory=list)
+    damaged: list[int] = field(default_factory=list)
+    damaged_head: str | None = None
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -50,36 +64,83 @@ def verify_cache(store: LocalStore, *, deep: bool = True, on_shard: Callable[[in
     """
     plan = read_plan(store)
     audit = Audit(num_shards=plan.spec.num_shards)
+    commits = _readable_commits(store, audit)
     try:
-        commits = read_commits(store)
         derived = derive_manifest(plan, commits)
-        if store.exists(MANIFEST) and (current_manifest(store) != derived or store.read(MANIFEST) != to_json(derived)):
-            audit.problems.append(f"{MANIFEST} does not follow from the commits; remove it and run the dump again")
-        records = [(PLAN, plan), *((commit_name(commit.shard), commit) for commit in commits)]
-        audit.problems += [
-            f"{name}: not the bytes that were written" for name, r in records if store.read(name) != to_json(r)
-        ]
-        store_view = CacheReader(store, allow_incomplete=True)
-        store_view.manifest = derived
+        reader = CacheReader(store, allow_incomplete=True, manifest=derived)
     except CacheError as error:
-        audit.problems.append(str(error.message))
+        audit.problems.append(error.message)
         return audit
+    _check_records(store, plan, commits, derived, audit)
     committed = set(derived.shards.shard)
-    audit.missing = [shard for shard in range(plan.spec.num_shards) if shard not in committed]
+    audit.missing = [s for s in range(plan.spec.num_shards) if s not in committed and s not in audit.damaged]
     if derived.head_digest is not None:
         try:
-            store_view.head_bytes()
+            reader.head_bytes()
         except CacheError as error:
             audit.problems.append(error.message)
+            audit.damaged_head = derived.head_digest
     for position, number in enumerate(derived.shards.shard):
         try:
-            audit.num_sequences += _verify_shard(store_view, position, deep)
+            audit.num_sequences += _verify_shard(reader, position, deep)
             audit.num_verified += 1
         except CacheError as error:
             message = error.message if error.message.startswith("shard") else f"shard {number:05d}: {error.message}"
             audit.problems.append(message)
+            audit.damaged.append(number)
         on_shard(position + 1)
     return audit
+
+
+def _check_records(store: LocalStore, plan: Plan, commits: list[Commit], derived: Manifest, audit: Audit) -> None:
+    """Plan and commits are the very bytes that were written, and the manifest is what follows from them."""
+    if store.exists(MANIFEST):
+        try:
+            if current_manifest(store) != derived or store.read(MANIFEST) != to_json(derived):
+                audit.problems.append(f"{MANIFEST} does not follow from the commits; remove it and run the dump again")
+        except CacheError as error:
+            audit.problems.append(error.message)
+    if store.read(PLAN) != to_json(plan):
+        audit.problems.append(f"{PLAN}: not the bytes that were written")
+    for commit in commits:
+        if store.read(commit_name(commit.shard)) != to_json(commit):
+            audit.problems.append(f"{commit_name(commit.shard)}: not the bytes that were written")
+            audit.damaged.append(commit.shard)
+
+
+def _readable_commits(store: LocalStore, audit: Audit) -> list[Commit]:
+    """The commits that can be read; the others are damage."""
+    try:
+        return read_commits(store)
+    except CacheError:
+        commits = []
+        for shard in sorted(committed_shards(store)):
+            try:
+                commits.append(read_commit(store, shard))
+            except CacheError as error:
+                audit.problems.append(error.message)
+                audit.damaged.append(shard)
+        return commits
+
+
+def repair(store: LocalStore, audit: Audit) -> list[int]:
+    """Take back the commits of damaged shards, so that the next run of the dump makes them anew; nothing else is touched.
+
+    A damaged file stays until its successor replaces it.
+
+    Returns:
+        The shards to be made again.
+    """
+    again = sorted(set(audit.damaged))
+    if audit.damaged_head is not None:
+        store.delete(table_name(audit.damaged_head))
+        # The head is written by a worker that has a shard to make.
+        again = again or [min(committed_shards(store))]
+    if not audit.intact:
+        store.delete(MANIFEST)
+    for shard in again:
+        store.delete(commit_name(shard))
+    return again
 
 
 def _verify_shard(reader: CacheReader, position: int, deep: bool) -> int:

@@ -5,32 +5,84 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
+from kdcache.cache.reader import CacheReader
 from kdcache.cache.store import LocalStore
-from kdcache.cache.verify import verify_cache
+from kdcache.cache.verify import Audit, repair, verify_cache
+
+if TYPE_CHECKING:
+    from kdcache.dump.audit import TeacherAudit
 
 
 @click.command("verify")
 @click.argument("cache", type=click.Path())
 @click.option("--deep/--shallow", default=True, help="Decode every sequence, or only check digests.  [default: deep]")
+@click.option(
+    "--repair", "mend", is_flag=True, help="Take back the commits of damaged shards: the next dump makes them anew."
+)
+@click.option(
+    "--against-teacher",
+    "rerun",
+    type=click.IntRange(min=1),
+    default=None,
+    metavar="N",
+    help="Also run the teacher again over N sequences, and say how far the cache is from it.",
+)
+@click.option("--teacher", default=None, help="Where the teacher is now, if not where it was.")
+@click.option("--device", default="auto", help="Of the teacher: auto, cpu, cuda ...  [default: auto]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(cache: str, deep: bool, as_json: bool) -> None:
+def command(
+    cache: str, deep: bool, mend: bool, rerun: int | None, teacher: str | None, device: str, as_json: bool
+) -> None:  # fmt: skip
     """Check every byte of a cache against its commits, and that targets and tokens belong together.
 
-    Exit code 0: whole. 1: damaged. 3: whole so far, but shards are missing.
+    Exit code 0: whole. 1: damaged, or not what the teacher says. 3: whole so far, but shards are missing (also those that --repair took back).
     """
-    audit = verify_cache(LocalStore(cache), deep=deep)
+    store = LocalStore(cache)
+    audit = verify_cache(store, deep=deep)
+    live = _against_teacher(store, rerun, teacher, device) if rerun and audit.intact else None
     if as_json:
-        click.echo(json.dumps({**dataclasses.asdict(audit), "intact": audit.intact}, indent=2))
+        about = {**dataclasses.asdict(audit), "intact": audit.intact}
+        if live is not None:
+            about["against_teacher"] = {**dataclasses.asdict(live), "agrees": live.agrees}
+        click.echo(json.dumps(about, indent=2))
     else:
-        click.echo(f"{audit.num_verified} of {audit.num_shards} shards verified, {audit.num_sequences:,} sequences")
-        for problem in audit.problems:
-            click.echo(f"damaged: {problem}")
-        if audit.missing:
-            click.echo(f"missing: {len(audit.missing)} shards, the first is {audit.missing[0]:05d}")
-    if not audit.intact:
-        click.echo(f"hint: remove the commits of damaged shards from {cache}/commits and run the dump again", err=True)
+        _print(audit, live)
+    if live is not None and not live.agrees:
         sys.exit(1)
-    sys.exit(3 if audit.missing else 0)
+    if audit.intact:
+        sys.exit(3 if audit.missing else 0)
+    if not mend:
+        click.echo(
+            "hint: kdcache verify --repair takes the damaged shards back, and the same dump makes them anew", err=True
+        )
+        sys.exit(1)
+    again = repair(store, audit)
+    click.echo(f"taken back: {', '.join(f'{shard:05d}' for shard in again) or 'the manifest'}", err=True)
+    click.echo("hint: run the same dump-teacher command again; only these shards are made", err=True)
+    sys.exit(3)
+
+
+def _against_teacher(store: LocalStore, num_sequences: int, teacher: str | None, device: str) -> TeacherAudit:
+    from kdcache.dump.audit import against_teacher
+
+    reader = CacheReader(store, allow_incomplete=True)
+    return against_teacher(reader, num_sequences, teacher=teacher, device=device)
+
+
+def _print(audit: Audit, live: TeacherAudit | None) -> None:
+    click.echo(f"{audit.num_verified} of {audit.num_shards} shards verified, {audit.num_sequences:,} sequences")
+    for problem in audit.problems:
+        click.echo(f"damaged: {problem}")
+    if audit.missing:
+        click.echo(f"missing: {len(audit.missing)} shards, the first is {audit.missing[0]:05d}")
+    if live is None:
+        return
+    click.echo(f"{live.num_sequences} sequences read again by the teacher, {live.num_targets:,} targets; KL in nats:")
+    click.echo(f"  teacher ‖ cache              mean {live.stored_kl:.1e}, largest {live.stored_kl_max:.1e}")
+    click.echo(f"  teacher ‖ teacher in a batch mean {live.live_kl:.1e}, largest {live.live_kl_max:.1e}")
+    verdict = "the cache says what the teacher says" if live.agrees else "the cache does NOT say what the teacher says"
+    click.echo(f"  {verdict} (mean of at most {live.bound:.1e})")

@@ -1,15 +1,17 @@
 import json
 
 import pytest
+from click.testing import CliRunner
 
 from kdcache.cache.commit import commit_name, commit_shard, publish_plan, read_commits, seal, shard_name, table_name
 from kdcache.cache.manifest import signed_json
 from kdcache.cache.shard import ShardBuilder, digest
 from kdcache.cache.store import LocalStore
-from kdcache.cache.verify import verify_cache
+from kdcache.cache.verify import repair, verify_cache
+from kdcache.cli import main
 from kdcache.errors import CacheNotFoundError
 from kdcache.targets import TokenSequence
-from tests.strategies import build_shard, make_plan, make_row, put_shard, write_cache
+from tests.strategies import all_files, build_shard, make_plan, make_row, put_shard, write_cache
 
 PLAN = make_plan()
 
@@ -76,6 +78,59 @@ def test_a_missing_shard_file(store):
     assert only_problem(store).startswith("shard 00000: ")
 
 
+def damage_a_shard(store):
+    flip(store, shard_file(2))
+
+
+def damage_a_commit(store):
+    flip(store, commit_name(2))
+
+
+def lose_a_shard(store):
+    store.delete(shard_file(2))
+
+
+def respell_a_commit(store):
+    store.replace(commit_name(2), json.dumps(json.loads(store.read(commit_name(2)))).encode())
+
+
+@pytest.mark.parametrize("harm", [damage_a_shard, damage_a_commit, lose_a_shard, respell_a_commit])
+def test_repair_takes_back_what_is_damaged_and_the_next_dump_mends_it(store, harm):
+    before = {name: data for name, data in all_files(store.root).items() if not name.startswith("commits")}
+    harm(store)
+    audit = verify_cache(store)
+    assert audit.damaged == [2] and audit.missing == []
+    assert repair(store, audit) == [2]
+    now = verify_cache(store)
+    assert now.intact and now.missing == [2] and now.num_verified == 3
+    assert put_shard(store, PLAN, 2)
+    assert seal(store).sealed and verify_cache(store).intact
+    assert before == {name: data for name, data in all_files(store.root).items() if not name.startswith("commits")}
+
+
+def test_repair_of_a_manifest_and_of_a_whole_cache(store):
+    whole = all_files(store.root)
+    assert repair(store, verify_cache(store)) == []
+    assert all_files(store.root) == whole
+    flip(store, "manifest.json")
+    audit = verify_cache(store)
+    assert len(audit.problems) == 1 and audit.num_verified == 4
+    assert repair(store, audit) == []
+    assert seal(store).sealed and all_files(store.root) == whole
+
+
+def test_the_command_repairs(store):
+    flip(store, shard_file(1))
+    only_told = CliRunner().invoke(main, ["verify", str(store)])
+    assert only_told.exit_code == 1 and "verify --repair" in only_told.output
+    mended = CliRunner().invoke(main, ["verify", str(store), "--repair"])
+    assert mended.exit_code == 3 and "taken back: 00001" in mended.output
+    assert CliRunner().invoke(main, ["verify", str(store)]).exit_code == 3
+    put_shard(store, PLAN, 1)
+    seal(store)
+    assert CliRunner().invoke(main, ["verify", str(store)]).exit_code == 0
+
+
 def test_a_missing_commit(store):
     store.delete(commit_name(1))
     audit = verify_cache(store)
@@ -115,6 +170,7 @@ def test_a_commit_of_another_shard_with_a_valid_digest(store):
     store.put_if_absent(shard_name(1, fields["digest"]), store.read(shard_file(2)))
     store.delete("manifest.json")
     assert only_problem(store).startswith("shard 00001: schema or origin differ")
+    assert repair(store, verify_cache(store)) == [1]
 
 
 def commit_rows(store, rows):
@@ -149,6 +205,9 @@ def test_a_head_that_is_gone(tmp_path):
     assert "the head has digest" in only_problem(store)
     store.delete(table_name(digest(b"head")))
     assert "does not exist" in only_problem(store)
+    # A head is written by a worker, and a worker starts where a shard is to be made.
+    assert repair(store, verify_cache(store)) == [0]
+    assert verify_cache(store).missing == [0, 1, 2, 3]
 
 
 def test_rows_that_carry_another_name(tmp_path, monkeypatch):

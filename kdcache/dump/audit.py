@@ -1,0 +1,158 @@
+"""A cache against its teacher: does it still say what the teacher says?
+
+The teacher reads some of the cache's sequences again, and KL(live ‖ stored) is taken over the entries and the tail that the
+cache holds. Beside it stands the teacher against itself, the same sequences alone and in a batch: in bfloat16 that is no zero,
+and nothing stored can be closer than that. Averaged teachers are not run: their logits lie in caches of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kdcache.cache.reader import CacheReader, CacheRow
+from kdcache.dump.engines.transformers import pad_batch
+from kdcache.errors import CacheMismatchError, ConfigError
+from kdcache.heads import OutputHead, head_of, hidden_states, split_is_exact
+from kdcache.model_files import find_model, model_digest
+from kdcache.models import keep_freed_memory, load_model, parse_dtype, pick_device
+from kdcache.targets import TokenSequence, in_rectangle
+
+# What a stored distribution may differ from the live one, beside the codec's declared error: so many times what the teacher
+# differs from itself, and rounding.
+LIVE_FACTOR, ROUNDING = 3.0, 1e-5
+LEAST_LOGPROB = -100.0
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherAudit:
+    """What :func:`against_teacher` found; KL in nats, over the entries and the tail that the cache holds.
+
+    Attributes:
+        num_sequences: Run again.
+        num_targets: Positions compared.
+        stored_kl: KL(live ‖ stored), mean over positions.
+        stored_kl_max: The largest of them.
+        live_kl: KL(live ‖ live in a batch), mean over positions.
+        live_kl_max: The largest of them.
+        bound: What ``stored_kl`` may be.
+    """
+
+    num_sequences: int
+    num_targets: int
+    stored_kl: float
+    stored_kl_max: float
+    live_kl: float
+    live_kl_max: float
+    bound: float
+
+    @property
+    def agrees(self) -> bool:
+        """The cache says what the teacher says, as closely as can be asked."""
+        return self.stored_kl <= self.bound
+
+
+@torch.inference_mode()
+def against_teacher(
+    reader: CacheReader,
+    num_sequences: int,
+    *,
+    teacher: str | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> TeacherAudit:
+    """Run the teacher over some sequences, evenly spread, and compare.
+
+    Args:
+        reader: The cache.
+        num_sequences: How many; fewer where the cache is smaller.
+        teacher: Where the teacher is now, if not where it was.
+        device: ``auto``, ``cpu``, ``cuda`` ...
+        trust_remote_code: Of the teacher.
+
+    Raises:
+        CacheMismatchError: That is another model than the one that filled the cache.
+        ConfigError: The cache is empty, or averages teachers.
+    """
+    spec = reader.spec
+    if spec.teacher.averaged or not len(reader):
+        raise ConfigError(
+            f"{reader.store}: " + ("averages teachers" if len(reader) else "the cache holds no sequences")
+        )
+    source = find_model(teacher or spec.teacher.name)
+    if (found := model_digest(source)) != spec.teacher.digest:
+        raise CacheMismatchError(
+            f"{reader.store} was filled by a teacher with digest {spec.teacher.digest}, {teacher or spec.teacher.name} has {found}",
+            hint="--teacher names the model that filled the cache",
+        )
+    keep_freed_memory()
+    where = pick_device(device)
+    model = load_model(
+        source, dtype=parse_dtype(spec.teacher.dtype), attention=spec.teacher.attention, device=where,
+        trust_remote_code=trust_remote_code,
+    ).eval()  # fmt: skip
+    head = head_of(model).first(reader.vocab_size) if split_is_exact(model) else None
+    stored_head = OutputHead.from_bytes(reader.head_bytes()).to(where) if spec.targets.scheme == "hidden" else None
+
+    def live(sequences: list[TokenSequence]) -> torch.Tensor:
+        """``[N, V]`` logprobs of the first of the sequences, read in one batch."""
+        input_ids, position_ids = (part.to(where) for part in pad_batch(sequences))
+        mask = torch.from_numpy(sequences[0].target_mask).to(where)
+        if head is not None:
+            logits = head.logits(hidden_states(model, input_ids, position_ids)[0, : len(mask)][mask])
+        else:
+            whole = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+            logits = whole[0, : len(mask)][mask][:, : reader.vocab_size].float()
+        return torch.log_softmax(logits, dim=1).cpu()
+
+    step = max(1, len(reader) // max(num_sequences, 1))
+    rows = [reader[index] for index in range(0, len(reader), step)][:num_sequences]
+    stored_kl, live_kl = [], []
+    for row, other in zip(rows, [*rows[1:], rows[0]], strict=True):
+        alone, together = live([row.sequence]), live([row.sequence, other.sequence])
+        if stored_head is not None:
+            assert row.targets.hidden is not None, "a hidden cache holds hidden states"
+            stored = torch.log_softmax(stored_head.logits(torch.tensor(row.targets.hidden).to(where)), dim=1).cpu()
+        else:
+            stored = _stored(row)
+            alone, together = (_in_buckets(logprobs, row) for logprobs in (alone, together))
+        stored_kl.append(_kl(alone, stored))
+        live_kl.append(_kl(alone, together))
+    stored_all, live_all = torch.cat(stored_kl), torch.cat(live_kl)
+    declared = spec.codec.max_kl if spec.codec.name == "packed" else 0.0
+    return TeacherAudit(
+        num_sequences=len(rows), num_targets=len(stored_all),
+        stored_kl=float(stored_all.mean()), stored_kl_max=float(stored_all.max()),
+        live_kl=float(live_all.mean()), live_kl_max=float(live_all.max()),
+        bound=declared + LIVE_FACTOR * float(live_all.mean()) + ROUNDING,
+    )  # fmt: skip
+
+
+def _stored(row: CacheRow) -> torch.Tensor:
+    """``[N, K + 1]`` logprobs of the entries and the tail; unused slots are ``-inf``."""
+    used, entry = in_rectangle(row.targets.num_entries)
+    logprobs = np.append(
+        row.targets.logprobs, np.float32(0)
+    )  # a slot of a position without entries points past the end
+    kept = np.where(used, logprobs[np.minimum(entry, len(logprobs) - 1)], -np.inf)
+    return torch.from_numpy(np.concatenate([kept, row.targets.tail_logprobs[:, :1]], axis=1))
+
+
+def _in_buckets(logprobs_NV: torch.Tensor, row: CacheRow) -> torch.Tensor:
+    """``[N, K + 1]``: what the teacher gives to the entries that a row holds, and to all others together."""
+    used, entry = in_rectangle(row.targets.num_entries)
+    ids = np.append(row.targets.token_ids, np.uint32(0)).astype(np.int64)
+    ids_NK = torch.from_numpy(ids[np.minimum(entry, len(ids) - 1)])
+    used_NK = torch.from_numpy(used)
+    kept_NK = logprobs_NV.gather(1, ids_NK).masked_fill(~used_NK, -torch.inf)
+    # Unused slots repeat the position's first entry, or name a token of a position that holds none: leave that one in.
+    rest_NV = torch.where(used_NK.any(1, keepdim=True), logprobs_NV.scatter(1, ids_NK, -torch.inf), logprobs_NV)
+    return torch.cat([kept_NK, rest_NV.logsumexp(1, keepdim=True)], dim=1)
+
+
+def _kl(said: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """``[N]`` nats, float64; a bucket that holds nothing counts for nothing."""
+    said, other = said.double(), other.double().clamp(min=LEAST_LOGPROB)
+    return torch.where(said > LEAST_LOGPROB, said.exp() * (said - other), 0.0).sum(1)

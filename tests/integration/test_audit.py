@@ -1,0 +1,97 @@
+"""``verify --against-teacher``: a cache that says what its teacher says passes, any other does not."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from kdcache.cache.commit import commit_shard, publish_plan, read_commit, read_plan, seal
+from kdcache.cache.reader import open_cache
+from kdcache.cache.shard import ShardBuilder
+from kdcache.cache.store import LocalStore
+from kdcache.cli import main
+from kdcache.dump.audit import against_teacher
+from kdcache.dump.launch import dump
+from kdcache.dump.options import DumpOptions
+from kdcache.errors import CacheMismatchError
+from kdcache.targets import SparseTargets
+from tests.conftest import make_llama
+
+SCHEMES = {
+    "packed": {"top_k": 16},
+    "exact": {"top_k": 16, "codec": "exact"},
+    "top_p": {"targets": "top_p", "top_p": 0.5, "top_k": 16},
+    "sampled": {"targets": "sampled", "num_draws": 20},
+    "hidden": {"targets": "hidden"},
+}
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory, tiny_teacher, corpus_file):
+    root = tmp_path_factory.mktemp("audit")
+    for name, changes in SCHEMES.items():
+        dump(DumpOptions.model_validate({"teacher": tiny_teacher, "dataset": corpus_file, "seq_len": 64, "dtype": "float32",
+                                         "output": str(root / name), **changes}))  # fmt: skip
+    return root
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_cache_agrees_with_its_teacher(caches, name):
+    audit = against_teacher(open_cache(caches / name), 6)
+    assert audit.num_sequences == 6 and audit.num_targets > 50
+    assert audit.agrees
+    assert audit.live_kl < 1e-6
+    assert audit.stored_kl < (1e-3 if open_cache(caches / name).codec.name == "packed" else 1e-6)
+
+
+def test_its_error_is_the_one_that_the_dump_measured(caches):
+    cache = open_cache(caches / "packed")
+    stats = cache.manifest.stats
+    audit = against_teacher(cache, len(cache))
+    assert audit.num_targets == stats.num_targets
+    assert audit.stored_kl == pytest.approx(stats.sum_codec_kl / stats.num_kl_targets, rel=0.2)
+
+
+def test_a_cache_of_other_targets_does_not(caches, tmp_path):
+    """Well formed, aligned, with digests that hold, and half a nat off."""
+    old = open_cache(caches / "packed")
+    store = LocalStore(tmp_path / "off")
+    plan = publish_plan(store, read_plan(old.store))
+    for shard in range(plan.spec.num_shards):
+        reader, builder = old.open_shard(shard), ShardBuilder(old.codec, plan.fingerprint, shard)
+        for row in range(len(reader)):
+            sequence = reader.sequence(row)
+            said = reader.targets(row, int(sequence.target_mask.sum())).expand(old.temperatures)
+            flat = said.logprobs * np.float32(0.5)
+            fields = {name: getattr(said, name) for name in SparseTargets.__slots__}
+            builder.add(sequence, SparseTargets(**fields | {"logprobs": flat}))
+        stats = read_commit(old.store, shard).stats
+        commit_shard(store, plan, shard, memoryview(builder.finish()), stats, worker="w", seconds=0.0)
+    seal(store)
+    audit = against_teacher(open_cache(store.root), 6)
+    assert not audit.agrees and audit.stored_kl > 10 * audit.bound
+    printed = CliRunner().invoke(main, ["verify", "--shallow", "--against-teacher", "6", str(store)])
+    assert printed.exit_code == 1 and "does NOT say" in printed.output
+
+
+def test_another_teacher_is_refused(caches, tmp_path):
+    other = make_llama(tmp_path / "other", seed=9)
+    with pytest.raises(CacheMismatchError, match="was filled by a teacher with digest"):
+        against_teacher(open_cache(caches / "packed"), 2, teacher=other)
+    refused = CliRunner().invoke(main, ["verify", str(caches / "packed"), "--against-teacher", "2", "--teacher", other])
+    assert refused.exit_code == 1 and "--teacher names the model" in refused.output
+
+
+def test_the_command(caches, tiny_teacher, tmp_path):
+    printed = CliRunner().invoke(main, ["verify", str(caches / "packed"), "--against-teacher", "3"])
+    assert printed.exit_code == 0, printed.output
+    assert "3 sequences read again" in printed.output and "says what the teacher says" in printed.output
+    moved = Path(tiny_teacher).rename(tmp_path / "moved")
+    try:
+        about = CliRunner().invoke(main, ["verify", str(caches / "hidden"), "--against-teacher", "1000", "--teacher", str(moved), "--json"])  # fmt: skip
+    finally:
+        moved.rename(tiny_teacher)
+    assert about.exit_code == 0, about.output
+    assert json.loads(about.stdout)["against_teacher"]["num_sequences"] == len(open_cache(caches / "hidden"))
