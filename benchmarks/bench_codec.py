@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import measure, results_file
 from benchmarks.peers import PEERS, Peer
-from kdcache.cache.codec import QUALITIES, Codec
+from kdcache.cache.codec import Codec
+from kdcache.cache.quality import QUALITIES
 from kdcache.cache.reader import open_cache
 from kdcache.cache.shard import ShardBuilder
 from kdcache.dump.launch import dump

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from kdcache.cache.codec import CodecName, describe_codec
+from kdcache.cache.codec import CodecName
 from kdcache.cache.commit import (
     Lease,
     check_is_ours,
@@ -29,6 +29,7 @@ from kdcache.cache.commit import (
     seal,
 )
 from kdcache.cache.manifest import Manifest, Plan
+from kdcache.cache.quality import describe_codec
 from kdcache.cache.reader import CacheReader
 from kdcache.cache.shard import ShardBuilder
 from kdcache.cache.store import LocalStore, hostname

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from kdcache.cache.codec import describe_codec
+from kdcache.cache.quality import describe_codec
 from kdcache.config import Options, Temperatures, WeightedPaths
 from kdcache.specs import DRAWN, CodecSpec, Scheme, TargetSpec
 

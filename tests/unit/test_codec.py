@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from kdcache.cache import packed
-from kdcache.cache.codec import QUALITIES, Codec, bfloat16_to_float, float_to_bfloat16
+from kdcache.cache.codec import Codec, bfloat16_to_float, float_to_bfloat16
 from kdcache.cache.frames import compress
 from kdcache.cache.packed import GAP_ESCAPE
+from kdcache.cache.quality import QUALITIES
 from kdcache.errors import CacheCorruptError, ConfigError, TeacherOutputError
 from kdcache.targets import kl_of_stored
 from tests.strategies import log_softmax, targets_from_logits, zipf_logits

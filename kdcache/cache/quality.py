@@ -1,0 +1,47 @@
+"""How finely ``packed`` keeps what a teacher said: three qualities, each with the error that it declares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from kdcache.cache.packed import Levels
+from kdcache.specs import CodecSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """How finely ``packed`` keeps logprobs of at most 64 entries, and the error that it declares for it.
+
+    Attributes:
+        levels: Of logprobs.
+        max_kl: KL(what the teacher said ‖ what is stored) over entries and tail at T = 1, mean over positions, in nats.
+    """
+
+    levels: Levels
+    max_kl: float
+
+    def for_entries(self, max_entries: int) -> Quality:
+        """The same fidelity for more entries a position, whose errors add up: finer steps.
+
+        256 levels have to reach past 50 nats, so those of a nat begin at level 200; where that takes more growth (``high``, past
+        128 entries) twice the error is declared.
+        """
+        step = self.levels.step * min(1.0, (64 / max(max_entries, 1)) ** 0.25)
+        growth = (1 - step) / (200 * step)
+        if growth <= self.levels.growth:
+            return replace(self, levels=Levels(step, self.levels.growth))
+        return Quality(Levels(step, growth), 2 * self.max_kl)
+
+
+QUALITIES = {
+    "high": Quality(Levels(0.018, 0.3), 1e-4),
+    "standard": Quality(Levels(0.0645, 0.3), 1e-3),
+    "small": Quality(Levels(0.28, 0.25), 1e-2),
+}
+
+
+def describe_codec(name: Literal["exact", "packed"], quality: str, max_entries: int) -> CodecSpec:
+    """How targets of at most so many entries are stored; ``exact`` has no quality, and says ``standard``."""
+    chosen = QUALITIES[quality if name == "packed" else "standard"].for_entries(max_entries)
+    return CodecSpec(name=name, step=chosen.levels.step, growth=chosen.levels.growth, max_kl=chosen.max_kl)
