@@ -7,7 +7,7 @@ export MALLOC_TOP_PAD_ ?= 536870912
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test check lint typecheck bench prove prove-crash prove-online-offline prove-estimators prove-families \
+.PHONY: help setup demo test check lint typecheck bench prove prove-crash prove-corruption prove-online-offline prove-estimators prove-families \
 	prove-students prove-defaults prove-gradients prove-controls prove-cost prove-english test-oldest test-gpu clean
 
 help:
@@ -51,10 +51,10 @@ bench: setup
 	$(PY) benchmarks/bench_train_step.py
 	$(PY) benchmarks/bench_codec.py
 
-prove: prove-crash prove-gradients prove-online-offline prove-controls prove-estimators prove-families prove-cost \
+prove: prove-crash prove-corruption prove-gradients prove-online-offline prove-controls prove-estimators prove-families prove-cost \
 	prove-students prove-defaults
 
-PROOFS = crash gradients online-offline controls estimators families students
+PROOFS = crash corruption gradients online-offline controls estimators families students
 $(PROOFS:%=prove-%): prove-%: setup
 	$(PY) benchmarks/prove_$(subst -,_,$*).py
 

@@ -16,7 +16,7 @@ Refuses what its levels cannot hold (a logprob below about -200 nats).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -103,7 +103,7 @@ class Codec:
     vocab_size: int
     temperatures: tuple[float, ...]
     max_entries: int
-    levels: packed.Levels = field(default=packed.Levels())
+    levels: packed.Levels = packed.Levels()
     num_draws: int = 0
     hidden_size: int = 0
     hidden_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -62,7 +62,7 @@ def command(
         sys.exit(1)
     again = repair(store, audit)
     click.echo(f"taken back: {', '.join(f'{shard:05d}' for shard in again) or 'the manifest'}", err=True)
-    click.echo("hint: run the same dump-teacher command again; only these shards are made", err=True)
+    click.echo("hint: run the same command again that made the cache; only these shards are made", err=True)
     sys.exit(3)
 
 

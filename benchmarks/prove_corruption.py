@@ -1,0 +1,238 @@
+"""S2: one bit flipped anywhere, files cut short, swapped, missing and doubled: what notices, here and in other formats?
+
+Ours: the golden caches, of every codec and kind of scheme, each flip once before ``verify`` (digests only) and once before a
+reader that reads everything. Others: the same number of flips in files of the same targets, read whole. Each reading is a
+process of its own with bounded memory, since a flipped bit can crash a reader: it ends with an error, with other values than
+were written (silently wrong), with the same values, or is killed.
+
+    python benchmarks/prove_corruption.py [--flips 3000]
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import resource
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import safetensors.numpy
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import results_file
+from benchmarks.peers import arrow_zstd, parquet, safetensors_zstd
+from kdcache.cache.reader import open_cache
+from kdcache.cache.store import LocalStore
+from kdcache.cache.verify import verify_cache
+from kdcache.errors import CacheError
+from tests.golden.make import GOLDEN
+from tests.strategies import targets_from_logits, zipf_logits
+
+ERROR, WRONG, SAME, KILLED = "error", "silently wrong", "the same values", "killed the reader"
+MEMORY = 4 << 30
+SECONDS = 20
+
+
+def outcome(run: Callable[[], bool]) -> str:
+    """Of ``run`` in a child: whether what it read is what was written, or how it ended."""
+    child = os.fork()
+    if child == 0:
+        os.close(2)
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+        code = 2
+        try:
+            code = 0 if run() else 1
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        return KILLED
+    return {0: SAME, 1: WRONG, 2: ERROR}[os.WEXITSTATUS(status)]
+
+
+def flip(data: bytes, rng: np.random.Generator) -> bytes:
+    changed = bytearray(data)
+    changed[int(rng.integers(len(data)))] ^= 1 << int(rng.integers(8))
+    return bytes(changed)
+
+
+# --- ours -------------------------------------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> list[bytes]:
+    """Everything that a reader gives."""
+    out = []
+    for row in open_cache(folder):
+        t, s = row.targets, row.sequence
+        arrays = (s.input_ids, s.loss_mask, s.document_starts, t.num_entries, t.token_ids, t.logprobs, t.tail_logprobs, t.logz,
+                  t.label_logprobs, t.entropy, t.hidden, t.counts)  # fmt: skip
+        out += [np.ascontiguousarray(array).tobytes() for array in arrays if array is not None]
+    return out
+
+
+def is_refused(folder: Path) -> bool:
+    try:
+        return not verify_cache(LocalStore(folder), deep=False).intact
+    except CacheError:
+        return True
+
+
+def kind_of(name: str) -> str:
+    return name.split("/")[0].removesuffix(".json")
+
+
+def our_flips(folder: Path, flips: int, rng: np.random.Generator, verified: Counter, read: Counter) -> None:
+    """Flips spread over all files alike, so that small files are hit as often as large ones."""
+    before, paths = contents(folder), sorted(path for path in folder.rglob("*") if path.is_file())
+    for number in range(flips):
+        path = paths[number % len(paths)]
+        kind, whole = kind_of(str(path.relative_to(folder))), path.read_bytes()
+        path.write_bytes(flip(whole, rng))
+        verified[kind, is_refused(folder)] += 1
+        read[kind, outcome(lambda: contents(folder) == before)] += 1
+        path.write_bytes(whole)
+    assert not is_refused(folder)
+
+
+def our_files(folder: Path) -> Counter:
+    """Files cut short, swapped with another of their kind, missing, and doubled in another's place."""
+    found: Counter = Counter()
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in paths:
+        whole = path.read_bytes()
+        for length in sorted({0, 1, len(whole) // 2, len(whole) - 1}):
+            path.write_bytes(whole[:length])
+            found["cut short", is_refused(folder)] += 1
+        path.unlink()
+        if path.name != "manifest.json":  # derived, and not missed: a cache without it is one that goes on
+            found["missing", is_refused(folder) or bool(verify_cache(LocalStore(folder)).missing)] += 1
+        path.write_bytes(whole)
+        for other in (one for one in paths if one.parent == path.parent and one != path):
+            theirs = other.read_bytes()
+            path.write_bytes(theirs)
+            found["doubled", is_refused(folder)] += 1
+            other.write_bytes(whole)
+            found["swapped", is_refused(folder)] += 1
+            path.write_bytes(whole)
+            other.write_bytes(theirs)
+    assert not is_refused(folder)
+    return found
+
+
+# --- others -----------------------------------------------------------------------------------------------------------
+
+
+def other_formats() -> dict[str, tuple[bytes, Callable[[bytes], list[np.ndarray]]]]:
+    """Bytes of a file of top-8 targets, and what reads all of it."""
+    rng, k = np.random.default_rng(0), 8
+    targets = targets_from_logits(zipf_logits(rng, 300, 5000), rng.integers(0, 5000, 300), k)
+
+    def plain_arrow() -> bytes:
+        sink = pa.BufferOutputStream()
+        table = read_arrow_table(arrow_zstd(targets, k))
+        with pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        return sink.getvalue().to_pybytes()
+
+    def read_arrow_table(data: bytes) -> pa.Table:
+        return pa.ipc.open_file(pa.py_buffer(data)).read_all()
+
+    def flat(table: pa.Table) -> list[np.ndarray]:
+        return [table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False) for name in table.column_names]
+
+    def checked(data: bytes) -> list[np.ndarray]:
+        return flat(pyarrow.parquet.read_table(io.BytesIO(data), page_checksum_verification=True))
+
+    def with_checksums() -> bytes:
+        sink = io.BytesIO()
+        table = pyarrow.parquet.read_table(io.BytesIO(parquet(targets, k)))
+        pyarrow.parquet.write_table(table, sink, compression="zstd", write_page_checksum=True)
+        return sink.getvalue()
+
+    def tensors(data: bytes) -> list[np.ndarray]:
+        return list(safetensors.numpy.load(data).values())
+
+    import zstandard
+
+    squeezed = safetensors_zstd(targets, k)
+    return {
+        "Arrow IPC": (plain_arrow(), lambda data: flat(read_arrow_table(data))),
+        "Arrow IPC, zstd": (arrow_zstd(targets, k), lambda data: flat(read_arrow_table(data))),
+        "Parquet, zstd": (parquet(targets, k), lambda data: flat(pyarrow.parquet.read_table(io.BytesIO(data)))),
+        "Parquet, zstd, page checksums asked for": (with_checksums(), checked),
+        "safetensors": (zstandard.ZstdDecompressor().decompress(squeezed), tensors),
+        "safetensors, zstd": (squeezed, lambda data: tensors(zstandard.ZstdDecompressor().decompress(data))),
+    }
+
+
+def their_flips(
+    data: bytes, read: Callable[[bytes], list[np.ndarray]], flips: int, rng: np.random.Generator
+) -> Counter:
+    before = [array.tobytes() for array in read(data)]
+    found: Counter = Counter()
+    for _ in range(flips):
+        changed = flip(data, rng)
+        found[outcome(lambda changed=changed: [array.tobytes() for array in read(changed)] == before)] += 1
+    return found
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--flips", type=int, default=3000, help="of ours in all, and of each other format")
+    args = parser.parse_args()
+    pa.set_cpu_count(1)
+    pa.set_io_thread_count(1)
+    rng = np.random.default_rng(0)
+    verified: Counter = Counter()
+    read: Counter = Counter()
+    files: Counter = Counter()
+    caches = sorted(GOLDEN.iterdir())
+    with tempfile.TemporaryDirectory() as temporary:
+        for golden in caches:
+            folder = Path(temporary) / golden.name
+            shutil.copytree(golden, folder)
+            our_flips(folder, -(-args.flips // len(caches)), rng, verified, read)
+            files += our_files(folder)
+    lines = [
+        "| kdcache, flips in | flips | noticed by `verify` | reading: error | same values | silently wrong | killed |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for kind in sorted({kind for kind, _ in verified}):
+        number = verified[kind, True] + verified[kind, False]
+        ends = [read[kind, end] for end in (ERROR, SAME, WRONG, KILLED)]
+        lines.append(f"| {kind} | {number:,} | {verified[kind, True] / number:.1%} | {' | '.join(map(str, ends))} |")
+    lines += ["", "| kdcache, whole files | cases | noticed |", "|---|---|---|"]
+    for what in ("cut short", "missing", "swapped", "doubled"):
+        number = files[what, True] + files[what, False]
+        lines.append(f"| {what} | {number} | {files[what, True] / number:.1%} |")
+    lines += [
+        "",
+        "| others, flips | flips | reading: error | same values | silently wrong | killed |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, (data, reader) in other_formats().items():
+        found = their_flips(data, reader, args.flips, rng)
+        lines.append(
+            f"| {name} | {args.flips:,} | {' | '.join(f'{found[end] / args.flips:.1%}' for end in (ERROR, SAME, WRONG, KILLED))} |"
+        )
+    results_file.write_text("prove_corruption", "S2: flipped bits and lost files", "\n".join(lines) + "\n")
+    assert not any(count for (_, noticed), count in verified.items() if not noticed)
+    assert not any(count for (_, end), count in read.items() if end in (WRONG, KILLED))
+    assert not any(count for (_, noticed), count in files.items() if not noticed)
+
+
+if __name__ == "__main__":
+    main()
