@@ -103,7 +103,7 @@ class Codec:
     vocab_size: int
     temperatures: tuple[float, ...]
     max_entries: int
-    levels: packed.Levels = packed.Levels()
+    levels: packed.Levels = packed.STANDARD
     num_draws: int = 0
     hidden_size: int = 0
     hidden_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -65,6 +65,9 @@ class Levels:
         return np.asarray(np.minimum(self.step * np.exp(self.growth * depth), LEVEL_MAX_STEP), dtype=np.float32)
 
 
+STANDARD = Levels()
+
+
 @cache
 def _level_table(levels: Levels) -> FloatArray:
     """Made once: every sequence needs it."""
