@@ -32,7 +32,7 @@ SCHEMES = {
 def caches(tmp_path_factory, tiny_teacher, corpus_file):
     root = tmp_path_factory.mktemp("audit")
     for name, changes in SCHEMES.items():
-        dump(DumpOptions.model_validate({"teacher": tiny_teacher, "dataset": corpus_file, "seq_len": 64, "dtype": "float32",
+        dump(DumpOptions.model_validate({"teacher": tiny_teacher, "dataset": corpus_file, "seq_len": 64, "dtype": "float32", "split": "train[:12]", "threads": 1,
                                          "output": str(root / name), **changes}))  # fmt: skip
     return root
 
