@@ -25,7 +25,7 @@ class Quality:
         """The same fidelity for more entries a position, whose errors add up: finer steps.
 
         256 levels have to reach past 50 nats, so those of a nat begin at level 200; where that takes more growth (``high``, past
-        128 entries) twice the error is declared.
+        93 entries) twice the error is declared.
         """
         step = self.levels.step * min(1.0, (64 / max(max_entries, 1)) ** 0.25)
         growth = (1 - step) / (200 * step)

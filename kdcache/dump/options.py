@@ -85,7 +85,9 @@ class DumpOptions(Options):
     ] = "packed"
     quality: Annotated[
         Literal["high", "standard", "small"],
-        Field(description="Of packed: KL(said ‖ stored) below 1e-4, 1e-3, 1e-2 nats a position."),
+        Field(
+            description="Of packed: KL(said ‖ stored) below 1e-4, 1e-3, 1e-2 nats a position, for a teacher that knows something."
+        ),
     ] = "standard"
 
     dtype: Annotated[
