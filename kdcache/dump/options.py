@@ -86,7 +86,7 @@ class DumpOptions(Options):
     quality: Annotated[
         Literal["high", "standard", "small"],
         Field(
-            description="Of packed: KL(said ‖ stored) below 1e-4, 1e-3, 1e-2 nats a position, for a teacher that knows something."
+            description="Of packed: KL(said ‖ stored) of 1e-4, 1e-3, 1e-2 nats a position at most; measured while dumping."
         ),
     ] = "standard"
 
