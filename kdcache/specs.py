@@ -125,7 +125,7 @@ class CodecSpec(Record):
     """
 
     name: Literal["exact", "packed"]
-    step: Annotated[float, Field(gt=0, le=1)]
+    step: Annotated[float, Field(ge=1 / 128, le=1)]
     growth: Annotated[float, Field(ge=0, le=1)]
     max_kl: Annotated[float, Field(gt=0, le=1)]
 

@@ -13,6 +13,7 @@ import os
 import re
 import time
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -239,6 +240,11 @@ def claim(store: LocalStore, shard: int) -> Lease | None:
         return None
     lease.renew()
     return lease
+
+
+def claim_first(store: LocalStore, shards: Iterable[int]) -> Lease | None:
+    """The first lease to be had among shards, or None while live workers hold them all."""
+    return next((lease for shard in shards if (lease := claim(store, shard))), None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from kdcache.cache.commit import (
     shard_name,
     table_name,
 )
-from kdcache.cache.status import cache_status
+from kdcache.cache.status import split_leases
 from kdcache.cache.store import LocalStore
 
 
@@ -41,7 +41,7 @@ def find_garbage(store: LocalStore, now: float | None = None) -> list[str]:
     if len(committed) == plan.spec.num_shards:
         tables = {table_name(commit.head_digest) for commit in commits if commit.head_digest}
         garbage += [f"{TABLES}/{name}" for name in store.list(TABLES) if f"{TABLES}/{name}" not in tables]
-    garbage += [f"{LEASES}/{name}" for name in cache_status(store, now).stale]
+    garbage += [f"{LEASES}/{name}" for name in split_leases(store, committed, now)[1]]
     return sorted(garbage)
 
 

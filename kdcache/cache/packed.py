@@ -17,7 +17,9 @@ from kdcache.errors import ConfigError
 from kdcache.targets import FloatArray, SparseTargets, UIntArray
 
 LEVEL_MAX_STEP = 1.0
+# Levels are found by a grid of so many cells a nat, in which no two borders may share a cell.
 GRID_CELLS = 512
+FINEST_STEP = 1 / 128
 # A tail is one byte of log-odds; 0 says that there is no tail. Steps are fine where tail and head are both large,
 # and reach far enough for a teacher that knows nothing (a few entries of 2^20 equal ones).
 TAIL_LOG_ODDS = np.concatenate([np.arange(-12, -6, 1 / 4), np.arange(-6, 3, 1 / 16), 3 + np.arange(87) / 8])
@@ -82,7 +84,7 @@ def _level_table(levels: Levels) -> FloatArray:
 @cache
 def _level_grid(levels: Levels) -> tuple[npt.NDArray[np.uint8], FloatArray]:
     """The level at the start of each cell, and where each level gives way to the next; a cell holds at most one such border."""
-    assert levels.step > 2 / GRID_CELLS
+    assert levels.step >= FINEST_STEP, "the plan's step has a lower bound"
     table = _level_table(levels)
     middles = np.append((table[1:] + table[:-1]) / 2, np.inf).astype(np.float32)
     starts = np.arange(int(table[-1]) * GRID_CELLS + 1) / GRID_CELLS

@@ -24,16 +24,17 @@ class Quality:
     def for_entries(self, max_entries: int) -> Quality:
         """The same fidelity for more entries a position, whose errors add up: finer steps.
 
-        256 levels have to reach past 50 nats, so those of a nat begin at level 200; where that takes more growth (``high``, past
-        93 entries) twice the error is declared.
+        256 levels have to reach past 50 nats, so those of a nat begin at level 200; where fine steps would have to grow too soon
+        for that (``high``, past 93 entries) they are even instead, and twice the error is declared.
         """
         step = self.levels.step * min(1.0, (64 / max(max_entries, 1)) ** 0.25)
-        growth = (1 - step) / (200 * step)
-        if growth <= self.levels.growth:
+        if (1 - step) / (200 * step) <= self.levels.growth:
             return replace(self, levels=Levels(step, self.levels.growth))
-        return Quality(Levels(step, growth), 2 * self.max_kl)
+        return Quality(EVEN, 2 * self.max_kl)
 
 
+# As even as 256 levels allow: deep entries, of which there are many, cost no more than shallow ones.
+EVEN = Levels(0.03, 0.97 / 6)
 QUALITIES = {
     "high": Quality(Levels(0.018, 0.3), 1e-4),
     "standard": Quality(Levels(0.0645, 0.3), 1e-3),

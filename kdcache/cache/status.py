@@ -50,11 +50,9 @@ def cache_status(store: LocalStore, now: float | None = None) -> Status:
         CacheError: A record is damaged.
     """
     now = time.time() if now is None else now
-    plan, commits, leases = read_plan(store), read_commits(store), read_leases(store)
+    plan, commits = read_plan(store), read_commits(store)
     committed = {commit.shard for commit in commits}
-    holders = [lease for lease in leases if isinstance(lease, Holder)]
-    in_flight = [holder for holder in holders if holder.is_live(now) and holder.shard not in committed]
-    stale = [f"{holder.shard:05d}.json" for holder in holders if holder not in in_flight]
+    in_flight, stale = split_leases(store, committed, now)
     open_shards = committed | {holder.shard for holder in in_flight}
     holes = [shard for shard in range(plan.spec.num_shards) if shard not in open_shards]
     left = plan.spec.num_shards - len(commits)
@@ -66,11 +64,19 @@ def cache_status(store: LocalStore, now: float | None = None) -> Status:
         num_positions=positions,
         num_bytes=sum(commit.num_bytes for commit in commits),
         in_flight=in_flight,
-        stale=sorted(stale + [lease for lease in leases if isinstance(lease, str)]),
+        stale=stale,
         holes=_runs(holes),
         tokens_per_second=rate,
         seconds_left=0.0 if not left else left * positions / len(commits) / rate if rate else None,
     )
+
+
+def split_leases(store: LocalStore, committed: set[int], now: float) -> tuple[list[Holder], list[str]]:
+    """Leases of workers that live and have a shard to make; file names of all others, sorted."""
+    leases = read_leases(store)
+    in_flight = [x for x in leases if isinstance(x, Holder) and x.is_live(now) and x.shard not in committed]
+    stale = [x if isinstance(x, str) else f"{x.shard:05d}.json" for x in leases if x not in in_flight]
+    return in_flight, sorted(stale)
 
 
 def _rate(commits: list[Commit]) -> float | None:

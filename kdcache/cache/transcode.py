@@ -20,7 +20,7 @@ from kdcache.cache.codec import CodecName
 from kdcache.cache.commit import (
     Lease,
     check_is_ours,
-    claim,
+    claim_first,
     commit_shard,
     committed_shards,
     publish_plan,
@@ -75,15 +75,14 @@ def transcode(options: TranscodeOptions) -> Manifest:
     done, planned = len(committed_shards(store)), plan.spec.num_shards
     with Progress("transcode", planned, done) as progress:
         while left := sorted(set(range(planned)) - committed_shards(store)):
-            lease = next((lease for shard in left if (lease := claim(store, shard))), None)
+            progress.update(planned - len(left) - done, f"{planned - len(left)}/{planned} shards")
+            lease = claim_first(store, left)
             if lease is None:
                 time.sleep(POLL_SECONDS)
                 continue
             if lease.shard not in committed_shards(store):
                 _transcode_shard(source, store, plan, lease)
             lease.release()
-            now = len(committed_shards(store))
-            progress.update(now - done, f"{now}/{planned} shards")
     return seal(store)
 
 

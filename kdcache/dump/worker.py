@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from kdcache.cache.commit import Lease, claim, commit_shard, committed_shards
+from kdcache.cache.commit import Lease, claim_first, commit_shard, committed_shards
 from kdcache.cache.manifest import Plan
 from kdcache.cache.shard import ShardBuilder, sequence_id
 from kdcache.cache.store import LocalStore, hostname
@@ -82,7 +82,7 @@ class Worker:
                 todo = self._todo()
                 if not todo:
                     break
-                lease = next((lease for shard in todo if (lease := claim(self.store, shard))), None)
+                lease = claim_first(self.store, todo)
                 if lease is None:
                     self._drain()
                     time.sleep(POLL_SECONDS)

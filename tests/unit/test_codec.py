@@ -7,7 +7,7 @@ from kdcache.cache import packed
 from kdcache.cache.codec import Codec, bfloat16_to_float, float_to_bfloat16
 from kdcache.cache.frames import compress
 from kdcache.cache.packed import GAP_ESCAPE
-from kdcache.cache.quality import QUALITIES
+from kdcache.cache.quality import QUALITIES, describe_codec
 from kdcache.errors import CacheCorruptError, ConfigError, TeacherOutputError
 from kdcache.targets import kl_of_stored
 from tests.strategies import log_softmax, targets_from_logits, zipf_logits
@@ -94,6 +94,19 @@ def test_column_order_there_and_back(counts):
     assert (np.diff(rank[columns]) >= 0).all()
     pairs = np.stack([entries, -entries], 1)
     assert (order.to_rows(order.to_columns(pairs)) == pairs).all()
+
+
+@pytest.mark.parametrize("name", sorted(QUALITIES))
+def test_every_quality_holds_a_whole_vocabulary(name):
+    """However many entries: steps stay above the finest that levels are found by."""
+    vocab_size = 60_000
+    targets = targets_from_logits(zipf_logits(np.random.default_rng(0), 3, vocab_size), np.zeros(3, int), vocab_size)
+    quality = QUALITIES[name].for_entries(vocab_size)
+    assert quality.levels.step >= packed.FINEST_STEP
+    codec = Codec("packed", vocab_size, targets.temperatures, vocab_size, levels=quality.levels)
+    stored = through(codec, targets)
+    assert mean_kl(targets, stored) < quality.max_kl
+    assert describe_codec("packed", name, 1 << 32).step >= packed.FINEST_STEP
 
 
 def test_finer_qualities_take_more_bytes():
