@@ -53,8 +53,7 @@ assert_same(cache, reference)
 # Two writers that know nothing of each other: leases fail to keep them apart.
 def no_leases():
     import kdcache.cache.commit as commit
-    import kdcache.dump.worker as worker
-    worker.claim = lambda store, shard: commit.Lease(store, shard)
+    commit.claim = lambda store, shard: commit.Lease(store, shard)
 
 cache = root / "blind"
 children = [start({**options, "output": str(cache)}, 0, 2, no_leases) for _ in range(2)]
