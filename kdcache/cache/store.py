@@ -14,7 +14,7 @@ import os
 import re
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kdcache.errors import CacheNotFoundError, StoreError
@@ -91,8 +91,7 @@ class LocalStore:
                 return False
             temporary = self._write_temporary(data)
             try:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.link(temporary, target)
+                _place(os.link, temporary, target)
             except FileExistsError:
                 return False
             except OSError as error:
@@ -103,7 +102,7 @@ class LocalStore:
                     ) from error
                 raise
             finally:
-                temporary.unlink()
+                temporary.unlink(missing_ok=True)
             _sync_folder(target.parent)
         return True
 
@@ -112,8 +111,7 @@ class LocalStore:
         target = self.root / name
         with self._errors(f"write {name}"):
             temporary = self._write_temporary(data)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(temporary, target)
+            _place(os.replace, temporary, target)
             _sync_folder(target.parent)
 
     def delete(self, name: str) -> None:
@@ -185,8 +183,22 @@ def is_running(pid: int) -> bool:
     return True
 
 
+def _place(act: Callable[[Path, Path], None], temporary: Path, target: Path) -> None:
+    """Give a written file its name, in a folder that a peer may tidy away at any moment while it is empty."""
+    while True:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return act(temporary, target)
+        except FileNotFoundError:
+            if not temporary.exists():
+                raise
+
+
 def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:  # a peer deleted what we put there, then the empty folder
+        return
     try:
         os.fsync(descriptor)
     finally:

@@ -177,6 +177,37 @@ def test_tidying_survives_a_peer_that_tidies_too(store, monkeypatch):
     assert not (store.root / "tmp").exists()
 
 
+@pytest.mark.parametrize(("act", "call"), [("put_if_absent", "link"), ("replace", "replace")])
+def test_a_folder_that_a_peer_tidies_away_is_made_again(store, monkeypatch, act, call):
+    """A peer seals the cache and removes its empty folder just before the file gets its name."""
+    real, times = getattr(os, call), []
+
+    def tidied_away(source, target):
+        times.append(target)
+        if len(times) < 3:
+            target.parent.rmdir()
+        real(source, target)
+
+    monkeypatch.setattr(os, call, tidied_away)
+    getattr(store, act)("leases/00000.json", b"1")
+    assert len(times) == 3
+    assert all_files(store.root) == {"leases/00000.json": b"1"}
+
+
+def test_a_folder_that_is_gone_needs_no_sync(store, monkeypatch):
+    """A peer deletes the new file and its folder before the folder is synced."""
+    real = os.link
+
+    def deleted_at_once(source, target):
+        real(source, target)
+        target.unlink()
+        target.parent.rmdir()
+
+    monkeypatch.setattr(os, "link", deleted_at_once)
+    assert store.put_if_absent("leases/00000.json", b"1")
+    assert all_files(store.root) == {}
+
+
 def test_hostname_fits_a_file_name(monkeypatch):
     monkeypatch.setattr(store_module.socket, "gethostname", lambda: "a/b~c d.example")
     assert hostname() == "a-b-c-d.example"
