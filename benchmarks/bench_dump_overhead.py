@@ -66,7 +66,7 @@ def prepare(args: argparse.Namespace, folder: str) -> tuple[dict[str, Callable[[
     ]
 
     def kdcache() -> None:
-        for name in store.list("commits"):
+        for name in store.names_in("commits"):
             store.delete(f"commits/{name}")
         publish_plan(store, plan)
         lease = claim(store, 0)

@@ -158,18 +158,25 @@ def provenance(command: str, options: BaseModel, device: str) -> dict[str, Any]:
     }
 
 
-def write_provenance(folder: Path, name: str, command: str, options: BaseModel, device: str) -> None:
-    """Write ``<name>.yaml`` (a config file that repeats the run) and ``<name>.provenance.json`` into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
+def run_files(name: str, command: str, options: BaseModel, device: str) -> dict[str, bytes]:
+    """``<name>.yaml`` (a config file that repeats the run) and ``<name>.provenance.json``, by file name."""
     resolved = {command: options.model_dump(mode="json", exclude_none=True, by_alias=True)}
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
-    (folder / f"{name}.provenance.json").write_text(json.dumps(provenance(command, options, device), indent=2) + "\n")
+    return {
+        f"{name}.yaml": yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True).encode(),
+        f"{name}.provenance.json": (json.dumps(provenance(command, options, device), indent=2) + "\n").encode(),
+    }
 
 
-def write_run(cache: Path, command: str, options: BaseModel, device: str) -> None:
-    """Provenance of one run over a cache: many processes may work at it, each leaves its own."""
-    name = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}"
-    write_provenance(cache / "runs", name, command, options, device)
+def run_name() -> str:
+    """Of one run over a cache: many processes may work at it, each leaves its own files."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}"
+
+
+def write_provenance(folder: Path, name: str, command: str, options: BaseModel, device: str) -> None:
+    """Write :func:`run_files` into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, data in run_files(name, command, options, device).items():
+        (folder / file).write_bytes(data)
 
 
 def library_versions() -> dict[str, str]:

@@ -14,6 +14,7 @@
         ├── CacheMismatchError    two things that must agree do not: cache and plan, cache and student
         ├── CacheFormatError      written by a format version or codec that this kdcache does not know
         └── StoreError            the storage cannot do what a cache needs of it
+            └── StoreUnavailableError  it could not be asked: nothing is known about what it holds
 
 A message says what was expected, what was found and where; ``hint`` names the step that mends it. The command line turns
 these into exit code 1 in one place. ``ValueError`` and ``assert`` are left for mistakes of programmers.
@@ -89,3 +90,7 @@ class CacheFormatError(CacheError):
 
 class StoreError(CacheError):
     """The storage cannot do what a cache needs of it."""
+
+
+class StoreUnavailableError(StoreError):
+    """The storage could not be asked, for a minute: nothing is known about what it holds."""

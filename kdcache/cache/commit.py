@@ -8,7 +8,9 @@ time; a lease that is lost, stale or stolen can cost time and never correctness.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import re
 import time
@@ -16,6 +18,8 @@ import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+
+from pydantic import BaseModel
 
 from kdcache.cache.manifest import (
     Commit,
@@ -28,10 +32,14 @@ from kdcache.cache.manifest import (
     to_json,
 )
 from kdcache.cache.shard import digest
-from kdcache.cache.store import TEMPORARY, LocalStore, hostname, is_running
-from kdcache.errors import CacheMismatchError, CacheNotFoundError, ConfigError
+from kdcache.cache.store import TEMPORARY, Store, hostname, is_running, open_store
+from kdcache.config import run_files, run_name
+from kdcache.errors import CacheMismatchError, CacheNotFoundError, ConfigError, KDCacheError, StoreError
 
-PLAN, MANIFEST, COMMITS, SHARDS, LEASES, TABLES = "plan.json", "manifest.json", "commits", "shards", "leases", "tables"
+logger = logging.getLogger(__name__)
+
+PLAN, MANIFEST = "plan.json", "manifest.json"
+COMMITS, SHARDS, LEASES, TABLES, RUNS = "commits", "shards", "leases", "tables", "runs"
 LEASE_SECONDS = 120.0
 _COMMIT_NAME = re.compile(r"(\d{5,10})\.json")
 _SHARD_NAME = re.compile(r"\d{5,10}-[0-9a-f]{32}\.arrow")
@@ -58,22 +66,24 @@ def table_name(table_digest: str) -> str:
 
 
 def check_no_cache(folder: str) -> None:
-    """Refuse to write something else into a cache's folder.
+    """Refuse to write something else into a cache's folder, or to what is not a folder.
 
     Raises:
-        ConfigError: There is a cache.
+        ConfigError: There is a cache, or this is a URL.
     """
-    if LocalStore(folder).exists(PLAN):
+    if "://" in folder:
+        raise ConfigError(f"--output {folder}: a folder was expected", hint="only caches live in object stores")
+    if open_store(folder).exists(PLAN):
         raise ConfigError(f"--output {folder} is a cache", hint="name another folder")
 
 
-def check_is_ours(store: LocalStore) -> None:
+def check_is_ours(store: Store) -> None:
     """Refuse to begin a cache in a folder that holds something else.
 
     Raises:
         ConfigError: The folder is neither empty nor a cache.
     """
-    others = sorted(set(store.list("")) - {TEMPORARY})
+    others = sorted(set(store.names_in("")) - {TEMPORARY})
     if others and not store.exists(PLAN):
         raise ConfigError(
             f"--output {store} is not a cache and not empty: it holds {', '.join(others[:3])}{' ...' if others[3:] else ''}",
@@ -81,7 +91,29 @@ def check_is_ours(store: LocalStore) -> None:
         )
 
 
-def read_plan(store: LocalStore) -> Plan:
+def write_run(store: Store, command: str, options: BaseModel, device: str) -> None:
+    """Leave beside the cache what this run was: its options and provenance."""
+    for name, data in run_files(run_name(), command, options, device).items():
+        store.replace(f"{RUNS}/{name}", data)
+
+
+def check_writers(store: Store, num_writers: int) -> None:
+    """Find out, before any work, whether the store can tell writers apart.
+
+    Raises:
+        StoreError: It cannot, and there are several.
+    """
+    if store.is_exclusive():
+        return
+    message = f"{store}: this store overwrites a file that was to be created, so it cannot tell two writers apart"
+    if num_writers > 1:
+        raise StoreError(
+            message, hint=f"one writer instead of {num_writers}, or a folder, or a store with If-None-Match"
+        )
+    logger.warning("%s; see to it that nothing else writes there", message)
+
+
+def read_plan(store: Store) -> Plan:
     """The plan of a cache.
 
     Raises:
@@ -101,7 +133,7 @@ def read_plan(store: LocalStore) -> Plan:
     return plan
 
 
-def publish_plan(store: LocalStore, plan: Plan) -> Plan:
+def publish_plan(store: Store, plan: Plan) -> Plan:
     """Write the plan, or agree with the one that stands there.
 
     Returns:
@@ -117,7 +149,7 @@ def publish_plan(store: LocalStore, plan: Plan) -> Plan:
     return standing
 
 
-def check_same_plan(store: LocalStore, standing: Plan, asked: Plan) -> None:
+def check_same_plan(store: Store, standing: Plan, asked: Plan) -> None:
     """Refuse to go on with other settings than the cache was begun with."""
     differences = differing_fields(standing.spec, asked.spec)
     if differences:
@@ -132,10 +164,10 @@ def check_same_plan(store: LocalStore, standing: Plan, asked: Plan) -> None:
         )
 
 
-def read_commits(store: LocalStore) -> list[Commit]:
+def read_commits(store: Store) -> list[Commit]:
     """All commits of a cache, by shard number."""
-    commits = []
-    for name in store.list(COMMITS):
+    shards = []
+    for name in store.names_in(COMMITS):
         match = _COMMIT_NAME.fullmatch(name)
         if not match:
             continue
@@ -143,26 +175,32 @@ def read_commits(store: LocalStore) -> list[Commit]:
             raise CacheMismatchError(
                 f"{store}/{COMMITS}/{name}: a shard's commit stands at {commit_name(int(match[1]))}"
             )
-        commits.append(read_commit(store, int(match[1])))
-    return sorted(commits, key=lambda commit: commit.shard)
+        shards.append(int(match[1]))
+    shards.sort()
+    files = store.read_all([commit_name(shard) for shard in shards])
+    return [_parse_commit(store, shard, data) for shard, data in zip(shards, files, strict=True)]
 
 
-def read_commit(store: LocalStore, shard: int) -> Commit:
+def read_commit(store: Store, shard: int) -> Commit:
     """The commit of one shard."""
+    return _parse_commit(store, shard, store.read(commit_name(shard)))
+
+
+def _parse_commit(store: Store, shard: int, data: bytes) -> Commit:
     name = commit_name(shard)
-    commit = parse(Commit, store.read(name), f"{store}/{name}")
+    commit = parse(Commit, data, f"{store}/{name}")
     if commit.shard != shard:
         raise CacheMismatchError(f"{store}/{name} commits shard {commit.shard:05d}")
     return commit
 
 
-def committed_shards(store: LocalStore) -> set[int]:
+def committed_shards(store: Store) -> set[int]:
     """Numbers of the committed shards, from file names alone."""
-    return {int(match[1]) for name in store.list(COMMITS) if (match := _COMMIT_NAME.fullmatch(name))}
+    return {int(match[1]) for name in store.names_in(COMMITS) if (match := _COMMIT_NAME.fullmatch(name))}
 
 
 def commit_shard(
-    store: LocalStore,
+    store: Store,
     plan: Plan,
     shard: int,
     data: memoryview,
@@ -199,14 +237,21 @@ def commit_shard(
     return won
 
 
+# Tokens of the leases that this process holds: one under its own number that is not among them was given up.
+_HELD: set[str] = set()
+
+
 @dataclass(slots=True)
 class Lease:
     """One worker's word that it is at work on a shard."""
 
-    store: LocalStore
+    store: Store
     shard: int
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
     _renewed: float = 0.0
+
+    def __post_init__(self) -> None:
+        _HELD.add(self.token)
 
     @property
     def name(self) -> str:
@@ -221,28 +266,39 @@ class Lease:
             self.store.replace(self.name, self._content(now))
 
     def release(self) -> None:
-        """Done, or given up."""
-        self.store.delete(self.name)
+        """Done, or given up. Given up also where the file cannot be removed: this process knows."""
+        if self.token in _HELD:
+            _HELD.discard(self.token)
+            self.store.delete(self.name)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        with contextlib.suppress(*([] if kind is None else [KDCacheError])):  # the first error counts
+            self.release()
 
     def _content(self, now: float) -> bytes:
         about = {"token": self.token, "host": hostname(), "pid": os.getpid(), "expires": now + LEASE_SECONDS}
         return json.dumps(about).encode()
 
 
-def claim(store: LocalStore, shard: int) -> Lease | None:
+def claim(store: Store, shard: int) -> Lease | None:
     """Take the lease of a shard, or None while a live worker holds it."""
-    lease = Lease(store, shard)
-    now = time.time()
-    if store.put_if_absent(lease.name, lease._content(now)):
-        lease._renewed = now
-        return lease
-    if not _is_stale(store, lease.name, shard, now):
-        return None
-    lease.renew()
-    return lease
+    lease, now, taken = Lease(store, shard), time.time(), False
+    try:
+        if store.put_if_absent(lease.name, lease._content(now)):
+            lease._renewed, taken = now, True
+        elif _is_stale(store, lease.name, shard, now):
+            lease.renew()
+            taken = True
+    finally:
+        if not taken:
+            _HELD.discard(lease.token)
+    return lease if taken else None
 
 
-def claim_first(store: LocalStore, shards: Iterable[int]) -> Lease | None:
+def claim_first(store: Store, shards: Iterable[int]) -> Lease | None:
     """The first lease to be had among shards, or None while live workers hold them all."""
     return next((lease for shard in shards if (lease := claim(store, shard))), None)
 
@@ -255,36 +311,41 @@ class Holder:
     host: str
     pid: int
     expires: float
+    token: str
 
     def is_live(self, now: float) -> bool:
-        """Neither expired nor, on this host, dead."""
-        return self.expires >= now and (self.host != hostname() or is_running(self.pid))
+        """Neither expired nor, on this host, dead, nor given up by this process."""
+        if self.expires < now:
+            return False
+        if self.host != hostname():
+            return True
+        return self.token in _HELD if self.pid == os.getpid() else is_running(self.pid)
 
 
-def read_leases(store: LocalStore) -> list[Holder | str]:
+def read_leases(store: Store) -> list[Holder | str]:
     """Every lease by shard number; the file name where the content says nothing."""
     found: list[Holder | str] = []
-    for name in store.list(LEASES):
+    for name in store.names_in(LEASES):
         match = _COMMIT_NAME.fullmatch(name)
         holder = _read_holder(store, f"{LEASES}/{name}", int(match[1])) if match else None
         found.append(holder or name)
     return found
 
 
-def _read_holder(store: LocalStore, name: str, shard: int) -> Holder | None:
+def _read_holder(store: Store, name: str, shard: int) -> Holder | None:
     try:
         about = json.loads(store.read(name))
-        return Holder(shard, str(about["host"]), int(about["pid"]), float(about["expires"]))
+        return Holder(shard, str(about["host"]), int(about["pid"]), float(about["expires"]), str(about["token"]))
     except (CacheNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
-def _is_stale(store: LocalStore, name: str, shard: int, now: float) -> bool:
+def _is_stale(store: Store, name: str, shard: int, now: float) -> bool:
     holder = _read_holder(store, name, shard)
     return holder is None or not holder.is_live(now)
 
 
-def current_manifest(store: LocalStore) -> Manifest:
+def current_manifest(store: Store) -> Manifest:
     """The manifest: the sealed file if there is one, else derived from what is committed so far."""
     plan = read_plan(store)
     if store.exists(MANIFEST):
@@ -297,7 +358,7 @@ def current_manifest(store: LocalStore) -> Manifest:
     return derive_manifest(plan, read_commits(store))
 
 
-def seal(store: LocalStore) -> Manifest:
+def seal(store: Store) -> Manifest:
     """Once every shard is committed, write the manifest and tidy up; before that, only derive it.
 
     Any number of workers may seal at once: they write the same bytes.
@@ -306,10 +367,10 @@ def seal(store: LocalStore) -> Manifest:
     if not manifest.sealed:
         return manifest
     named = {shard_name(s, d) for s, d in zip(manifest.shards.shard, manifest.shards.digest, strict=True)}
-    for name in store.list(SHARDS):
+    for name in store.names_in(SHARDS):
         if parse_shard_name(name) is not None and f"{SHARDS}/{name}" not in named:
             store.delete(f"{SHARDS}/{name}")
-    for name in store.list(LEASES):
+    for name in store.names_in(LEASES):
         store.delete(f"{LEASES}/{name}")
     store.remove_abandoned()
     if not store.exists(MANIFEST) or store.read(MANIFEST) != to_json(manifest):

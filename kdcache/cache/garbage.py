@@ -19,10 +19,10 @@ from kdcache.cache.commit import (
     table_name,
 )
 from kdcache.cache.status import split_leases
-from kdcache.cache.store import LocalStore
+from kdcache.cache.store import Store
 
 
-def find_garbage(store: LocalStore, now: float | None = None) -> list[str]:
+def find_garbage(store: Store, now: float | None = None) -> list[str]:
     """Names of the files that can go, sorted: shard files that lost to another commit, heads that no commit names, stale leases.
 
     Raises:
@@ -35,17 +35,17 @@ def find_garbage(store: LocalStore, now: float | None = None) -> list[str]:
     committed = {commit.shard for commit in commits}
     garbage = [
         f"{SHARDS}/{name}"
-        for name in store.list(SHARDS)
+        for name in store.names_in(SHARDS)
         if (shard := parse_shard_name(name)) is not None and shard in committed and f"{SHARDS}/{name}" not in named
     ]
     if len(committed) == plan.spec.num_shards:
         tables = {table_name(commit.head_digest) for commit in commits if commit.head_digest}
-        garbage += [f"{TABLES}/{name}" for name in store.list(TABLES) if f"{TABLES}/{name}" not in tables]
+        garbage += [f"{TABLES}/{name}" for name in store.names_in(TABLES) if f"{TABLES}/{name}" not in tables]
     garbage += [f"{LEASES}/{name}" for name in split_leases(store, committed, now)[1]]
     return sorted(garbage)
 
 
-def collect_garbage(store: LocalStore) -> tuple[list[str], int]:
+def collect_garbage(store: Store) -> tuple[list[str], int]:
     """Delete what :func:`find_garbage` finds, and temporary files of writers of this host that no longer run.
 
     Returns:

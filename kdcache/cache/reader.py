@@ -18,8 +18,15 @@ from kdcache.cache.codec import CompactTargets
 from kdcache.cache.commit import current_manifest, shard_name, table_name
 from kdcache.cache.manifest import Manifest
 from kdcache.cache.shard import ShardReader, content_hash, digest
-from kdcache.cache.store import LocalStore
-from kdcache.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, CacheNotFoundError, StoreError
+from kdcache.cache.store import Store, open_store
+from kdcache.errors import (
+    CacheCorruptError,
+    CacheIncompleteError,
+    CacheMismatchError,
+    CacheNotFoundError,
+    StoreError,
+    StoreUnavailableError,
+)
 from kdcache.targets import SparseTargets, TokenSequence
 
 MAX_OPEN_SHARDS = 64
@@ -38,7 +45,7 @@ def open_cache(path: str | os.PathLike[str], *, allow_incomplete: bool = False) 
     """Open a cache for reading.
 
     Args:
-        path: The cache folder.
+        path: The cache folder, or its URL.
         allow_incomplete: Take the shards that are committed so far, instead of refusing a cache that is still being made.
 
     Raises:
@@ -46,7 +53,7 @@ def open_cache(path: str | os.PathLike[str], *, allow_incomplete: bool = False) 
         CacheIncompleteError: Not every planned shard is committed.
         CacheFormatError: A newer format, or not one of ours.
     """
-    return CacheReader(LocalStore(path), allow_incomplete=allow_incomplete)
+    return CacheReader(open_store(path), allow_incomplete=allow_incomplete)
 
 
 class CacheReader:
@@ -56,7 +63,7 @@ class CacheReader:
         manifest: The cache's description of itself.
     """
 
-    def __init__(self, store: LocalStore, *, allow_incomplete: bool = False, manifest: Manifest | None = None) -> None:
+    def __init__(self, store: Store, *, allow_incomplete: bool = False, manifest: Manifest | None = None) -> None:
         self.store = store
         self.manifest = manifest or current_manifest(store)
         self.spec = self.manifest.spec
@@ -159,6 +166,8 @@ class CacheReader:
         number, expected = table.shard[position], table.digest[position]
         try:
             data = self.store.map(shard_name(number, expected), table.num_bytes[position])
+        except StoreUnavailableError:
+            raise
         except (CacheNotFoundError, StoreError) as error:
             raise CacheCorruptError(
                 f"shard {number:05d}: {error.message}",

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from kdcache.cache.commit import Holder, read_commits, read_leases, read_plan
 from kdcache.cache.manifest import Commit
-from kdcache.cache.store import LocalStore
+from kdcache.cache.store import Store
 
 # The rate is that of the last so many commits of all workers together.
 RATE_COMMITS = 32
@@ -42,7 +42,7 @@ class Status:
     seconds_left: float | None
 
 
-def cache_status(store: LocalStore, now: float | None = None) -> Status:
+def cache_status(store: Store, now: float | None = None) -> Status:
     """Look at plan, commits and leases.
 
     Raises:
@@ -71,7 +71,7 @@ def cache_status(store: LocalStore, now: float | None = None) -> Status:
     )
 
 
-def split_leases(store: LocalStore, committed: set[int], now: float) -> tuple[list[Holder], list[str]]:
+def split_leases(store: Store, committed: set[int], now: float) -> tuple[list[Holder], list[str]]:
     """Leases of workers that live and have a shard to make; file names of all others, sorted."""
     leases = read_leases(store)
     in_flight = [x for x in leases if isinstance(x, Holder) and x.is_live(now) and x.shard not in committed]

@@ -1,4 +1,7 @@
-"""The few verbs that a cache needs of storage, for a folder on a local or shared file system.
+"""The few verbs that a cache needs of storage, and those of a folder on a local or shared file system.
+
+:class:`Store` says what they are; :class:`LocalStore` is a folder, :class:`kdcache.cache.remote.RemoteStore` whatever
+fsspec knows. :func:`open_store` picks by name.
 
 ``put_if_absent`` is the one that correctness rests on: the file appears at its name whole, or not at all, and only the
 first writer's. On POSIX: write a temporary file in the same file system, fsync, ``link(2)`` to the final name (fails if it
@@ -16,11 +19,74 @@ import socket
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 
-from kdcache.errors import CacheNotFoundError, StoreError
+from kdcache.errors import CacheNotFoundError, ConfigError, StoreError
 
 TEMPORARY = "tmp"
 _TEMPORARY_NAME = re.compile(r"(?P<host>[A-Za-z0-9_.-]+)~(?P<pid>\d+)~[0-9a-f]{32}")
+
+
+class Store(Protocol):
+    """A place for one cache. Names are relative to it, with ``/``; ``str`` of it is how the user named it.
+
+    Attributes:
+        location: The same for the same place.
+    """
+
+    @property
+    def location(self) -> str:
+        """Path or URL, resolved."""
+
+    def exists(self, name: str) -> bool:
+        """Whether a file stands at the name."""
+
+    def read(self, name: str) -> bytes:
+        """The whole file; CacheNotFoundError or StoreError."""
+
+    def read_all(self, names: list[str]) -> list[bytes]:
+        """Several small files; the same errors."""
+
+    def map(self, name: str, num_bytes: int) -> mmap.mmap:
+        """A read-only map of a file of a known size whose name ends in its digest; the same errors."""
+
+    def names_in(self, folder: str) -> list[str]:
+        """Names in a folder, sorted; empty when there is none."""
+
+    def put_if_absent(self, name: str, data: bytes | memoryview) -> bool:
+        """Publish a file whole, or learn that another writer was first (False)."""
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Publish a file over whatever stands there."""
+
+    def delete(self, name: str) -> None:
+        """Remove a file that may be there."""
+
+    def remove_abandoned(self) -> int:
+        """Remove temporary files of dead writers; how many there were."""
+
+    def remove_empty(self, folder: str) -> None:
+        """Remove a folder if nothing stands in it."""
+
+    def is_exclusive(self) -> bool:
+        """Whether :meth:`put_if_absent` holds against other writers."""
+
+
+def open_store(location: str | os.PathLike[str]) -> Store:
+    """A folder, or what fsspec knows: ``s3://bucket/cache``, ``gs://...``, ``az://...``.
+
+    Raises:
+        ConfigError: No place below the URL is named.
+    """
+    text = os.fspath(location)
+    protocol, is_url, rest = text.partition("://")
+    if not is_url or protocol in ("file", "local"):
+        return LocalStore(rest if is_url else text)
+    if not rest.strip("/"):
+        raise ConfigError(f"{text}: a bucket and a folder were expected", hint=f"{protocol}://BUCKET/CACHE")
+    from kdcache.cache.remote import RemoteStore
+
+    return RemoteStore(text)
 
 
 class LocalStore:
@@ -31,6 +97,11 @@ class LocalStore:
 
     def __str__(self) -> str:
         return str(self.root)
+
+    @property
+    def location(self) -> str:
+        """The path with all links followed."""
+        return str(self.root.resolve())
 
     def exists(self, name: str) -> bool:
         """Whether a file stands at the name."""
@@ -50,6 +121,10 @@ class LocalStore:
         except OSError as error:
             raise StoreError(f"{self.root / name}: cannot read ({error.strerror})") from error
 
+    def read_all(self, names: list[str]) -> list[bytes]:
+        """Several small files, as :meth:`read`."""
+        return [self.read(name) for name in names]
+
     def map(self, name: str, num_bytes: int) -> mmap.mmap:
         """A read-only memory map of a file of a known size.
 
@@ -68,7 +143,11 @@ class LocalStore:
         except OSError as error:
             raise StoreError(f"{self.root / name}: cannot read ({error.strerror})") from error
 
-    def list(self, folder: str) -> list[str]:
+    def is_exclusive(self) -> bool:
+        """Yes: a file system without hard links is refused at the first file."""
+        return True
+
+    def names_in(self, folder: str) -> list[str]:
         """File names in a folder, sorted; empty when there is no folder."""
         with self._errors(f"list {folder or 'the folder'}"):
             try:
@@ -122,7 +201,7 @@ class LocalStore:
     def remove_abandoned(self) -> int:
         """Delete temporary files whose writer on this host no longer runs; how many there were."""
         removed = 0
-        for name in self.list(TEMPORARY):
+        for name in self.names_in(TEMPORARY):
             match = _TEMPORARY_NAME.fullmatch(name)
             if match and match["host"] == hostname() and not is_running(int(match["pid"])):
                 self.delete(f"{TEMPORARY}/{name}")

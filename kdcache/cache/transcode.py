@@ -20,6 +20,7 @@ from kdcache.cache.codec import CodecName
 from kdcache.cache.commit import (
     Lease,
     check_is_ours,
+    check_writers,
     claim_first,
     commit_shard,
     committed_shards,
@@ -27,14 +28,15 @@ from kdcache.cache.commit import (
     read_commit,
     read_plan,
     seal,
+    write_run,
 )
 from kdcache.cache.manifest import Manifest, Plan
 from kdcache.cache.quality import describe_codec
 from kdcache.cache.reader import CacheReader
 from kdcache.cache.shard import ShardBuilder
-from kdcache.cache.store import LocalStore, hostname
+from kdcache.cache.store import Store, hostname, open_store
 from kdcache.cache.sums import ShardSums, warn_about_error
-from kdcache.config import Options, Temperatures, write_run
+from kdcache.config import Options, Temperatures
 from kdcache.errors import ConfigError
 from kdcache.progress import Progress
 from kdcache.specs import DRAWN, CodecSpec, TargetSpec
@@ -65,13 +67,14 @@ def transcode(options: TranscodeOptions) -> Manifest:
         ConfigError: The old cache cannot give what is asked for.
         CacheError: It is incomplete or damaged, or the output was begun otherwise.
     """
-    source = CacheReader(LocalStore(options.cache))
-    store = LocalStore(options.output)
-    if store.root.resolve() == source.store.root.resolve():
+    source = CacheReader(open_store(options.cache))
+    store = open_store(options.output)
+    if store.location == source.store.location:
         raise ConfigError(f"--output {store} is the cache itself", hint="name another folder")
     check_is_ours(store)
+    check_writers(store, 1)
     plan = publish_plan(store, plan_of(source, options))
-    write_run(store.root, "transcode", options, "cpu")
+    write_run(store, "transcode", options, "cpu")
     done, planned = len(committed_shards(store)), plan.spec.num_shards
     with Progress("transcode", planned, done) as progress:
         while left := sorted(set(range(planned)) - committed_shards(store)):
@@ -80,9 +83,9 @@ def transcode(options: TranscodeOptions) -> Manifest:
             if lease is None:
                 time.sleep(POLL_SECONDS)
                 continue
-            if lease.shard not in committed_shards(store):
-                _transcode_shard(source, store, plan, lease)
-            lease.release()
+            with lease:
+                if lease.shard not in committed_shards(store):
+                    _transcode_shard(source, store, plan, lease)
     return seal(store)
 
 
@@ -138,7 +141,7 @@ def _codec(old: CodecSpec, targets: TargetSpec, options: TranscodeOptions) -> Co
     return new
 
 
-def _transcode_shard(source: CacheReader, store: LocalStore, plan: Plan, lease: Lease) -> None:
+def _transcode_shard(source: CacheReader, store: Store, plan: Plan, lease: Lease) -> None:
     started, shard = time.monotonic(), lease.shard
     old, codec = source.open_shard(shard), plan.spec.make_codec()
     builder, sums = ShardBuilder(codec, plan.fingerprint, shard), ShardSums()

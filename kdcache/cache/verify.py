@@ -19,8 +19,8 @@ from kdcache.cache.commit import (
 from kdcache.cache.manifest import Commit, Manifest, Plan, derive_manifest, to_json
 from kdcache.cache.reader import CacheReader
 from kdcache.cache.shard import sequence_id
-from kdcache.cache.store import LocalStore
-from kdcache.errors import CacheCorruptError, CacheError
+from kdcache.cache.store import Store
+from kdcache.errors import CacheCorruptError, CacheError, StoreUnavailableError
 from kdcache.targets import check_alignment
 
 
@@ -51,7 +51,7 @@ class Audit:
         return not self.problems
 
 
-def verify_cache(store: LocalStore, *, deep: bool = True, on_shard: Callable[[int], None] = lambda _: None) -> Audit:
+def verify_cache(store: Store, *, deep: bool = True, on_shard: Callable[[int], None] = lambda _: None) -> Audit:
     """Check manifest against commits, every shard's digest and structure, and, when ``deep``, decode every sequence.
 
     Args:
@@ -68,6 +68,8 @@ def verify_cache(store: LocalStore, *, deep: bool = True, on_shard: Callable[[in
     try:
         derived = derive_manifest(plan, commits)
         reader = CacheReader(store, allow_incomplete=True, manifest=derived)
+    except StoreUnavailableError:
+        raise
     except CacheError as error:
         audit.problems.append(error.message)
         return audit
@@ -77,6 +79,8 @@ def verify_cache(store: LocalStore, *, deep: bool = True, on_shard: Callable[[in
     if derived.head_digest is not None:
         try:
             reader.head_bytes()
+        except StoreUnavailableError:
+            raise
         except CacheError as error:
             audit.problems.append(error.message)
             audit.damaged_head = derived.head_digest
@@ -84,6 +88,8 @@ def verify_cache(store: LocalStore, *, deep: bool = True, on_shard: Callable[[in
         try:
             audit.num_sequences += _verify_shard(reader, position, deep)
             audit.num_verified += 1
+        except StoreUnavailableError:
+            raise
         except CacheError as error:
             message = error.message if error.message.startswith("shard") else f"shard {number:05d}: {error.message}"
             audit.problems.append(message)
@@ -92,12 +98,14 @@ def verify_cache(store: LocalStore, *, deep: bool = True, on_shard: Callable[[in
     return audit
 
 
-def _check_records(store: LocalStore, plan: Plan, commits: list[Commit], derived: Manifest, audit: Audit) -> None:
+def _check_records(store: Store, plan: Plan, commits: list[Commit], derived: Manifest, audit: Audit) -> None:
     """Plan and commits are the very bytes that were written, and the manifest is what follows from them."""
     if store.exists(MANIFEST):
         try:
             if current_manifest(store) != derived or store.read(MANIFEST) != to_json(derived):
                 audit.problems.append(f"{MANIFEST} does not follow from the commits; remove it and run the dump again")
+        except StoreUnavailableError:
+            raise
         except CacheError as error:
             audit.problems.append(error.message)
     if store.read(PLAN) != to_json(plan):
@@ -108,22 +116,26 @@ def _check_records(store: LocalStore, plan: Plan, commits: list[Commit], derived
             audit.damaged.append(commit.shard)
 
 
-def _readable_commits(store: LocalStore, audit: Audit) -> list[Commit]:
+def _readable_commits(store: Store, audit: Audit) -> list[Commit]:
     """The commits that can be read; the others are damage."""
     try:
         return read_commits(store)
+    except StoreUnavailableError:
+        raise
     except CacheError:
         commits = []
         for shard in sorted(committed_shards(store)):
             try:
                 commits.append(read_commit(store, shard))
+            except StoreUnavailableError:
+                raise
             except CacheError as error:
                 audit.problems.append(error.message)
                 audit.damaged.append(shard)
         return commits
 
 
-def repair(store: LocalStore, audit: Audit) -> list[int]:
+def repair(store: Store, audit: Audit) -> list[int]:
     """Take back the commits of damaged shards, so that the next run of the dump makes them anew; nothing else is touched.
 
     A damaged file stays until its successor replaces it.

@@ -8,7 +8,7 @@ import json
 import click
 
 from kdcache.cache.status import Status, cache_status
-from kdcache.cache.store import LocalStore
+from kdcache.cache.store import open_store
 from kdcache.progress import format_seconds
 
 
@@ -17,7 +17,7 @@ from kdcache.progress import format_seconds
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(cache: str, as_json: bool) -> None:
     """How far a dump is: committed, in flight, holes, rate, time left. Reads the folder only, from wherever it is mounted."""
-    status = cache_status(LocalStore(cache))
+    status = cache_status(open_store(cache))
     click.echo(json.dumps(dataclasses.asdict(status), indent=2) if as_json else as_lines(status))
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kdcache.cache.reader import CacheReader
-from kdcache.cache.store import LocalStore
+from kdcache.cache.store import Store, open_store
 from kdcache.cache.verify import Audit, repair, verify_cache
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def command(
 
     Exit code 0: whole. 1: damaged, or not what the teacher says. 3: whole so far, but shards are missing (also those that --repair took back).
     """
-    store = LocalStore(cache)
+    store = open_store(cache)
     audit = verify_cache(store, deep=deep)
     live = _against_teacher(store, rerun, teacher, device) if rerun and audit.intact else None
     if as_json:
@@ -66,7 +66,7 @@ def command(
     sys.exit(3)
 
 
-def _against_teacher(store: LocalStore, num_sequences: int, teacher: str | None, device: str) -> TeacherAudit:
+def _against_teacher(store: Store, num_sequences: int, teacher: str | None, device: str) -> TeacherAudit:
     from kdcache.dump.audit import against_teacher
 
     reader = CacheReader(store, allow_incomplete=True)

@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from kdcache.cache.commit import committed_shards, read_plan, seal, table_name
+from kdcache.cache.commit import check_writers, committed_shards, read_plan, seal, table_name, write_run
 from kdcache.cache.manifest import Manifest, Plan
 from kdcache.cache.shard import digest
-from kdcache.cache.store import LocalStore
-from kdcache.config import write_run
+from kdcache.cache.store import Store, open_store
 from kdcache.corpus import load_rows
 from kdcache.dump.options import DumpOptions
 from kdcache.dump.plan import finished_before, make_plan, warn_about_versions
@@ -64,14 +63,15 @@ def dump(options: DumpOptions) -> DumpResult:
         CacheMismatchError: The cache was begun with other settings.
         KDCacheError: Anything else that a user can meet.
     """
-    store = LocalStore(options.output)
+    store = open_store(options.output)
     done = finished_before(store, options)
     if done is not None:
         return DumpResult(done, already_done=True)
     keep_freed_memory()
     rank, world_size = launched_rank()
+    check_writers(store, max(world_size, options.workers))
     plan, rows = make_plan(store, options)
-    write_run(store.root, "dump-teacher", options, plan.spec.compute.device)
+    write_run(store, "dump-teacher", options, plan.spec.compute.device)
     warn_about_versions(plan)
     store.remove_abandoned()
     num_done = len(committed_shards(store))
@@ -96,9 +96,7 @@ def local_device(options: DumpOptions, plan: Plan, rank: int) -> str:
     return f"cuda:{local % max(torch.cuda.device_count(), 1)}"
 
 
-def make_worker(
-    store: LocalStore, options: DumpOptions, plan: Plan, rows: Dataset | None, rank: int, size: int
-) -> Worker:
+def make_worker(store: Store, options: DumpOptions, plan: Plan, rows: Dataset | None, rank: int, size: int) -> Worker:
     """Load the teacher and everything else that a worker needs."""
     import torch
 
@@ -154,7 +152,7 @@ def progress_line(plan: Plan, shards_done: float, positions: float, seconds: flo
 
 
 def _run_here(
-    store: LocalStore, options: DumpOptions, plan: Plan, rows: Dataset, rank: int, size: int, num_done: int
+    store: Store, options: DumpOptions, plan: Plan, rows: Dataset, rank: int, size: int, num_done: int
 ) -> int:
     with Progress("dump", plan.spec.num_shards, num_done) as progress, stop_on_signals() as stop:
         worker = make_worker(store, options, plan, rows, rank, size)
@@ -180,7 +178,7 @@ def _run_here(
     return stop.signal
 
 
-def _run_processes(store: LocalStore, options: DumpOptions, plan: Plan, num_done: int) -> int:
+def _run_processes(store: Store, options: DumpOptions, plan: Plan, num_done: int) -> int:
     """A process a worker; progress through shared numbers, failures through pipes."""
     if options.device_map is not None:
         raise ConfigError(
@@ -242,7 +240,7 @@ def _receive(pipes: list[Connection]) -> list[KDCacheError]:
 def _worker_process(options: DumpOptions, rank: int, shared: Any, failures: Connection) -> None:
     """Body of a spawned worker. Ends at once when its parent is gone."""
     parent = os.getppid()
-    store = LocalStore(options.output)
+    store = open_store(options.output)
     with stop_on_signals(quiet=True) as stop:
         try:
             worker = make_worker(store, options, read_plan(store), None, rank, options.workers)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kdcache.cache.commit import check_is_ours, current_manifest, publish_plan, read_plan
 from kdcache.cache.manifest import CacheSpec, Manifest, Plan
 from kdcache.cache.reader import open_cache
-from kdcache.cache.store import LocalStore
+from kdcache.cache.store import Store
 from kdcache.config import library_versions
 from kdcache.corpus import detect_columns, load_rows, mean_row_tokens, source_digest
 from kdcache.dump.average import describe_averaged
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 CHUNK_POSITIONS = {"cpu": 1024, "cuda": 4096}
 
 
-def finished_before(store: LocalStore, options: DumpOptions) -> Manifest | None:
+def finished_before(store: Store, options: DumpOptions) -> Manifest | None:
     """The manifest, if the cache is complete and was made with these options; found out without loading anything.
 
     Raises:
@@ -75,7 +75,7 @@ def finished_before(store: LocalStore, options: DumpOptions) -> Manifest | None:
     return manifest
 
 
-def make_plan(store: LocalStore, options: DumpOptions) -> tuple[Plan, Dataset]:
+def make_plan(store: Store, options: DumpOptions) -> tuple[Plan, Dataset]:
     """Describe everything that moves the numbers, and publish it or agree with what was published."""
     check_is_ours(store)
     standing = read_plan(store) if store.exists("plan.json") else None

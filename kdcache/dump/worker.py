@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -19,7 +20,7 @@ import numpy as np
 from kdcache.cache.commit import Lease, claim_first, commit_shard, committed_shards
 from kdcache.cache.manifest import Plan
 from kdcache.cache.shard import ShardBuilder, sequence_id
-from kdcache.cache.store import LocalStore, hostname
+from kdcache.cache.store import Store, hostname
 from kdcache.cache.sums import ShardSums, warn_about_error
 from kdcache.corpus import CorpusCounts, make_sequences
 from kdcache.errors import KDCacheError, TeacherOutputError
@@ -58,7 +59,7 @@ class Worker:
         on_committed: Told after each commit of this worker.
     """
 
-    store: LocalStore
+    store: Store
     plan: Plan
     rows: Dataset
     tokenizer: PreTrainedTokenizerBase
@@ -68,6 +69,7 @@ class Worker:
     should_stop: Callable[[], bool] = lambda: False
     on_progress: Callable[[int, float], None] = lambda positions, fraction: None
     on_committed: Callable[[], None] = lambda: None
+    _leases: list[Lease] = field(default_factory=list)
     _pending: Future[None] | None = None
     _executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "kdcache-writer"))
 
@@ -89,10 +91,14 @@ class Worker:
                 elif lease.shard in committed_shards(self.store):
                     lease.release()
                 else:
+                    self._leases.append(lease)
                     self.dump_shard(lease)
             self._drain()
         finally:
             self._executor.shutdown(wait=True, cancel_futures=True)
+            for lease in self._leases:  # what this worker could not finish, another need not wait for
+                with suppress(KDCacheError):
+                    lease.release()
 
     def dump_shard(self, lease: Lease) -> None:
         """Dump one shard; its last batch and its commit are finished in the background."""
@@ -127,6 +133,7 @@ class Worker:
                 batch_splits=self.engine.num_splits - splits_before, head_digest=self.head_digest,
             )  # fmt: skip
             lease.release()
+            self._leases.remove(lease)
             self.on_committed()
 
         batches = plan_batches([len(sequence) for sequence in sequences], spec.compute.batch_tokens)

@@ -135,7 +135,7 @@ def forge(store, **columns):
     reader = open_cache(store.root)
     from kdcache.cache.shard import schema
 
-    batch = pa.ipc.open_file(pa.py_buffer(store.read(f"shards/{store.list('shards')[0]}"))).get_batch(0)
+    batch = pa.ipc.open_file(pa.py_buffer(store.read(f"shards/{store.names_in('shards')[0]}"))).get_batch(0)
     rows = batch.to_pylist()
     rows[0] |= columns
     kind = schema(reader.codec, plan.fingerprint, 0)

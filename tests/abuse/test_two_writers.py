@@ -29,6 +29,7 @@ def stop_before_the_commit():
         if not stopped:
             stopped.append(True)
             os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(0.5)  # any thread may be the one that takes the signal; until then this one runs on
         return commit_shard(*args, **kwargs)
     worker.commit_shard = stopping
 

@@ -227,7 +227,7 @@ def worker(tmp_path, tiny_teacher, corpus_file):
 
 
 def files(worker):
-    return [name for kind in ("shards", "commits") for name in worker.store.list(kind)]
+    return [name for kind in ("shards", "commits") for name in worker.store.names_in(kind)]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -204,7 +204,7 @@ def test_no_head(finished):
 
 
 def test_opening_reads_no_shard(store):
-    for name in store.list("shards"):
+    for name in store.names_in("shards"):
         store.delete(f"shards/{name}")
     for shard in range(4):
         store.delete(commit_name(shard))

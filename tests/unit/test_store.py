@@ -97,7 +97,7 @@ def test_replace_publishes_whole(store):
 
 def test_what_is_not_there(store):
     assert not store.exists("plan.json")
-    assert store.list("commits") == []
+    assert store.names_in("commits") == []
     store.delete("plan.json")
     for ask in (lambda: store.read("plan.json"), lambda: store.map("plan.json", 3)):
         with pytest.raises(CacheNotFoundError, match=r"plan\.json does not exist"):
@@ -141,7 +141,7 @@ def test_a_map_cannot_be_written(store):
 def test_list_is_sorted(store):
     for name in ("c", "a", "b"):
         store.put_if_absent(f"shards/{name}", b"")
-    assert store.list("shards") == ["a", "b", "c"]
+    assert store.names_in("shards") == ["a", "b", "c"]
 
 
 def test_only_what_dead_writers_left_is_removed(store):
@@ -154,7 +154,7 @@ def test_only_what_dead_writers_left_is_removed(store):
     for name in names.values():
         store.put_if_absent(f"tmp/{name}", b"")
     assert store.remove_abandoned() == 1
-    assert set(store.list("tmp")) == set(names.values()) - {names["dead"]}
+    assert set(store.names_in("tmp")) == set(names.values()) - {names["dead"]}
 
 
 def test_the_temporary_folder_goes_when_it_is_empty(store):

@@ -219,7 +219,7 @@ def test_rows_that_carry_another_name(tmp_path, monkeypatch):
 
 
 def test_verifying_changes_nothing(store):
-    before = [store.read(f"shards/{name}") for name in store.list("shards")]
+    before = [store.read(f"shards/{name}") for name in store.names_in("shards")]
     verify_cache(store)
-    assert [store.read(f"shards/{name}") for name in store.list("shards")] == before
+    assert [store.read(f"shards/{name}") for name in store.names_in("shards")] == before
     assert len(read_commits(store)) == 4

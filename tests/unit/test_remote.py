@@ -1,0 +1,314 @@
+"""The verbs of a store, on every kind of store there is; local copies; what happens when calls fail."""
+
+import os
+from pathlib import Path
+
+import fsspec
+import pytest
+import xxhash
+
+from kdcache.cache import remote
+from kdcache.cache.commit import check_writers
+from kdcache.cache.copies import LocalCopies
+from kdcache.cache.reader import open_cache
+from kdcache.cache.shard import content_hash
+from kdcache.cache.store import LocalStore, open_store
+from kdcache.cache.verify import verify_cache
+from kdcache.errors import (
+    CacheCorruptError,
+    CacheNotFoundError,
+    ConfigError,
+    StoreError,
+    StoreUnavailableError,
+)
+from tests.object_stores import BUCKET, FaultyMemory, faulty_memory, in_threads, moto, seaweed
+from tests.strategies import write_cache
+
+pytestmark = pytest.mark.xdist_group("object stores")
+
+
+@pytest.fixture(scope="module")
+def moto_url():
+    with moto() as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def seaweed_url(tmp_path_factory):
+    with seaweed(tmp_path_factory.mktemp("seaweed")):
+        yield f"s3://{BUCKET}"
+
+
+@pytest.fixture
+def memory_url():
+    faulty_memory()
+    FaultyMemory.disarm()
+    FaultyMemory.store.clear()
+    yield "faulty://bucket"
+    FaultyMemory.disarm()
+
+
+@pytest.fixture(params=["folder", "memory", "moto", "seaweed"])
+def store(request, tmp_path, monkeypatch):
+    monkeypatch.setenv("KDCACHE_COPIES", str(tmp_path / "copies"))
+    monkeypatch.setattr(remote, "RETRY_SECONDS", 3.0)
+    if request.param == "folder":
+        return open_store(tmp_path / "cache")
+    return open_store(f"{request.getfixturevalue(f'{request.param}_url')}/{tmp_path.name}")
+
+
+@pytest.fixture
+def faulty(memory_url, tmp_path, monkeypatch):
+    monkeypatch.setenv("KDCACHE_COPIES", str(tmp_path / "copies"))
+    monkeypatch.setattr(remote, "RETRY_SECONDS", 0.5)
+    return open_store(f"{memory_url}/cache")
+
+
+def named(data: bytes) -> str:
+    return f"shards/00000-{xxhash.xxh3_128_hexdigest(data)}.arrow"
+
+
+def test_the_first_writer_wins(store):
+    assert store.put_if_absent("commits/00000.json", b"first")
+    assert not store.put_if_absent("commits/00000.json", b"second")
+    assert store.read("commits/00000.json") == b"first"
+    store.replace("commits/00000.json", b"third")
+    assert store.read("commits/00000.json") == b"third"
+
+
+def test_one_of_many_writers_wins(store):
+    for number in range(5):
+        name = f"commits/{number:05d}.json"
+        won = in_threads(8, lambda i, name=name: store.put_if_absent(name, b"writer %d" % i))
+        assert won.count(True) == 1
+        assert store.read(name) == b"writer %d" % won.index(True)
+
+
+def test_it_can_tell_writers_apart_and_the_trial_leaves_nothing(store):
+    assert store.is_exclusive()
+    assert store.names_in("") == []
+
+
+def test_names(store):
+    assert store.names_in("") == []
+    assert store.names_in("commits") == []
+    for name in ("commits/b", "commits/a", "plan.json"):
+        store.replace(name, b"1")
+    assert set(store.names_in("")) - {"tmp"} == {"commits", "plan.json"}
+    assert store.names_in("commits") == ["a", "b"]
+    assert store.exists("commits/a")
+    assert not store.exists("commits")
+    assert not store.exists("commits/c")
+
+
+def test_what_is_not_there(store):
+    store.delete("commits/00000.json")
+    for ask in (
+        lambda: store.read("plan.json"),
+        lambda: store.read_all(["plan.json"]),
+        lambda: store.map(named(b"abc"), 3),
+    ):
+        with pytest.raises(CacheNotFoundError, match="does not exist"):
+            ask()
+
+
+def test_what_was_deleted_can_be_put_again(store):
+    assert store.put_if_absent("x.json", b"1")
+    store.delete("x.json")
+    assert not store.exists("x.json")
+    assert store.put_if_absent("x.json", b"2")
+    assert store.read("x.json") == b"2"
+
+
+def test_many_small_files(store, monkeypatch):
+    monkeypatch.setattr(remote, "READS_AT_ONCE", 4)
+    names = [f"commits/{i:05d}.json" for i in range(11)]
+    for i, name in enumerate(names):
+        store.replace(name, b"%d" % i)
+    assert store.read_all(names) == [b"%d" % i for i in range(11)]
+    assert store.read_all([]) == []
+
+
+def test_a_map_of_several_ranges(store, monkeypatch):
+    monkeypatch.setattr(remote, "RANGE_BYTES", 1000)
+    data = os.urandom(9500)
+    store.replace(named(data), data)
+    assert bytes(store.map(named(data), len(data))) == data
+    with pytest.raises(StoreError, match="9501 bytes were committed, found 9500"):
+        store.map(named(data), len(data) + 1)
+
+
+def test_open_store(tmp_path):
+    assert isinstance(open_store(tmp_path), LocalStore)
+    assert open_store(f"file://{tmp_path}").location == open_store(tmp_path).location == str(tmp_path)
+    assert open_store("s3://bucket/cache/").location == "s3://bucket/cache"
+    with pytest.raises(ConfigError, match="a bucket and a folder were expected"):
+        open_store("s3://")
+    with pytest.raises(ConfigError, match="Protocol not known"):
+        open_store("nonsense://x").exists("plan.json")
+    with pytest.raises(ConfigError, match="needs a package") as caught:
+        open_store("gs://x/y").exists("plan.json")
+    assert "kdcache[gcs]" in caught.value.hint
+
+
+def test_a_bucket_that_is_not_there(moto_url):
+    with pytest.raises(StoreError, match="cannot write x") as caught:
+        open_store("s3://no-such-bucket/cache").put_if_absent("x", b"1")
+    assert "bucket" in caught.value.hint
+
+
+def test_a_store_that_cannot_tell_writers_apart(caplog):
+    """fsspec's own memory store looks first and writes then; several writers are refused, one is warned."""
+    fsspec.filesystem("memory").store.clear()
+    store = open_store("memory://cache")
+    with pytest.raises(StoreError, match="cannot tell two writers apart") as caught:
+        check_writers(store, 2)
+    assert "one writer instead of 2" in caught.value.hint
+    check_writers(store, 1)
+    assert "nothing else writes there" in caplog.text
+
+
+def test_empty_files_are_not_put(faulty):
+    """s3fs creates an empty file without asking whether there is one."""
+    with pytest.raises(ValueError, match="not empty"):
+        faulty.put_if_absent("x", b"")
+
+
+@pytest.mark.parametrize("kind", ["409", "503", "time-out", "time-out after success", "412 after success"])
+def test_what_fails_in_passing_is_tried_again(faulty, kind, caplog):
+    """Also where the file was taken and only the answer was lost: then it is ours."""
+    for number in (1, 2, 3, 4):
+        FaultyMemory.fail(number, kind)
+        assert faulty.put_if_absent(f"commits/{number}.json", b"mine %d" % number)
+        FaultyMemory.disarm()
+        assert faulty.read(f"commits/{number}.json") == b"mine %d" % number
+    assert "trying again" in caplog.text or kind == "412 after success"
+
+
+def test_what_fails_for_good(faulty):
+    for kind, error in (("503 for good", StoreUnavailableError), ("403 for good", StoreError)):
+        FaultyMemory.fail(1, kind)
+        for act in (lambda: faulty.replace("x", b"1"), lambda: faulty.read("x")):
+            with pytest.raises(error) as caught:
+                act()
+            assert "faulty://bucket/cache" in caught.value.message
+        FaultyMemory.disarm()
+
+
+def test_a_copy_that_rotted_is_fetched_anew(faulty, tmp_path, caplog):
+    data = os.urandom(5000)
+    faulty.replace(named(data), data)
+    faulty.map(named(data), len(data))
+    (copy,) = (tmp_path / "copies").glob("*.arrow")
+    for damage in (lambda b: b[:17] + bytes([b[17] ^ 1]) + b[18:], lambda b: b[:-1], lambda b: b""):
+        copy.write_bytes(damage(data))
+        assert bytes(faulty.map(named(data), len(data))) == data
+        assert copy.read_bytes() == data
+    assert "fetching it anew" in caplog.text
+    FaultyMemory.disarm()
+    faulty.map(named(data), len(data))
+    assert FaultyMemory.calls == 0, "a whole copy asks nothing of the store"
+
+
+def test_an_original_that_rotted(faulty, tmp_path):
+    data = os.urandom(5000)
+    faulty.replace(named(data), b"\0" + data[1:])
+    with pytest.raises(CacheCorruptError, match="the bytes in the store have another"):
+        faulty.map(named(data), len(data))
+    assert not list((tmp_path / "copies").glob("*.arrow"))
+
+
+def test_copies_make_room_but_never_the_last_one(tmp_path):
+    """The ones longest unused go first; one whose original is gone stays."""
+    originals = {}
+
+    def has(url, size):
+        return len(originals.get(url, b"")) == size
+
+    copies = LocalCopies(tmp_path / "copies", 3000, has)
+    blobs = [os.urandom(1000) for _ in range(6)]
+
+    def use(i):
+        url = f"s3://b/{i}"
+        digest = xxhash.xxh3_128_hexdigest(blobs[i])
+        assert bytes(copies.open(digest, 1000, url, lambda file: file.write(originals[url]))) == blobs[i]
+
+    def held():
+        digests = {xxhash.xxh3_128_hexdigest(blob): i for i, blob in enumerate(blobs)}
+        return sorted(digests[path.stem] for path in (tmp_path / "copies").glob("*.arrow"))
+
+    def age(i, seconds):
+        path = tmp_path / "copies" / f"{xxhash.xxh3_128_hexdigest(blobs[i])}.arrow"
+        os.utime(path, (1e9 - seconds, 1e9 - seconds))
+
+    for i, blob in enumerate(blobs):
+        originals[f"s3://b/{i}"] = blob
+    for i in range(3):
+        use(i)
+        age(i, 100 - i)
+    use(0)  # now the newest
+    use(3)
+    assert held() == [0, 2, 3]
+    age(2, 50)
+    del originals["s3://b/2"]
+    age(0, 40)
+    use(4)
+    assert held() == [2, 3, 4], "2 has no original any more: 0 goes in its place"
+    originals.clear()
+    originals["s3://b/5"] = blobs[5]
+    use(5)
+    assert held() == [2, 3, 4, 5], "none has an original: the limit gives way"
+
+
+def test_copies_tidy_up_after_fetches_that_were_killed(tmp_path):
+    folder = tmp_path / "copies"
+    folder.mkdir()
+    (folder / "old.part").write_bytes(b"x")
+    (folder / "new.part").write_bytes(b"x")
+    os.utime(folder / "old.part", (1e9, 1e9))
+    LocalCopies(folder, 10**9, lambda url, size: True).open(
+        xxhash.xxh3_128_hexdigest(b"abc"), 3, "s3://b/x", lambda file: file.write(b"abc")
+    )
+    assert sorted(path.name for path in folder.glob("*.part")) == ["new.part"]
+
+
+@pytest.mark.parametrize("limit", ["many", "nan", "inf"])
+def test_a_limit_that_is_no_number(monkeypatch, limit):
+    monkeypatch.setenv("KDCACHE_COPIES_GB", limit)
+    with pytest.raises(ConfigError, match="KDCACHE_COPIES_GB"):
+        LocalCopies.from_environment(lambda url, size: True)
+
+
+def test_a_cache_is_read_the_same(store, tmp_path):
+    """Uploaded file by file, as `aws s3 cp --recursive` does."""
+    local = write_cache(tmp_path / "local")
+    for path in sorted(Path(local.root).rglob("*")):
+        if path.is_file():
+            store.replace(path.relative_to(local.root).as_posix(), path.read_bytes())
+    there, here = open_cache(store.location), open_cache(local.root)
+    assert there.manifest == here.manifest
+    assert len(there) == len(here)
+    for a, b in zip(there, here, strict=True):
+        assert a.sequence_id == b.sequence_id
+        assert content_hash(a.sequence) == content_hash(b.sequence)
+        assert (a.targets.logprobs == b.targets.logprobs).all()
+    assert verify_cache(store).intact
+
+
+def test_a_store_that_cannot_be_asked_is_not_a_damaged_cache(faulty, tmp_path):
+    """`verify --repair` must not take back shards because the network was down."""
+    local = write_cache(tmp_path / "local")
+    for path in sorted(Path(local.root).rglob("*")):
+        if path.is_file():
+            faulty.replace(path.relative_to(local.root).as_posix(), path.read_bytes())
+    FaultyMemory.disarm()
+    verify_cache(faulty)
+    total = FaultyMemory.calls
+    assert total > 5
+    for number in range(1, total + 1):
+        for copy in (tmp_path / "copies").glob("*"):
+            copy.unlink()
+        FaultyMemory.fail(number, "503 for good")
+        with pytest.raises(StoreUnavailableError):
+            verify_cache(faulty)
+        FaultyMemory.disarm()
