@@ -37,7 +37,10 @@ def main() -> None:
             "teacher": make_llama(root / "teacher"), "dataset": str(corpus), "output": "", "seq_len": 64, "top_k": 8,
             "threads": 1, "batch_tokens": 256, "shard_positions": 300, "device": "cpu",
         }  # fmt: skip
-        lines = ["| store | n-th call fails with | n | ended well | said why | wrong after going on |", "|---|---|---|---|---|---|"]
+        lines = [
+            "| store | n-th call fails with | n | ended well | said why | wrong after going on |",
+            "|---|---|---|---|---|---|",
+        ]
         for name, campaign in (("folder", local_campaign), ("object store", remote_campaign)):
             for kind, row in campaign(options, root / name, stride=args.stride).items():
                 lines.append(f"| {name} | {kind} | {row['calls']} | {row['ended well']} | {row['said why']} | 0 |")

@@ -120,7 +120,7 @@ class Seaweed:
                 fs.pipe_file(f"{BUCKET}/ready", b"1")
                 assert fs.cat_file(f"{BUCKET}/ready") == b"1"
                 return
-            except Exception:  # noqa: BLE001 (whatever a server says that is not up yet)
+            except Exception:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.3)

@@ -61,7 +61,7 @@ def start(options: dict[str, Any], rank: int, world_size: int, before: Callable[
 def run_to_the_end(options: dict[str, Any], world_size: int = 1) -> None:
     """An undisturbed dump, in processes of its own."""
     children = [start(options, rank, world_size) for rank in range(world_size)]
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    codes = [wait(child) for child in children]
     assert codes == [0] * world_size, f"an undisturbed dump ended with {codes}"
 
 
@@ -81,30 +81,106 @@ def run_and_kill(options: dict[str, Any], world_size: int, after_seconds: float,
     return killed
 
 
+STORAGE_CALLS = ("link", "fsync", "replace", "unlink", "rmdir")
+
+
+def at_call(number: int, act: Callable[[], None], when: str = "before") -> None:
+    """In this process: do something at the n-th call that publishes, syncs or removes a file, before or after it takes effect."""
+    count = 0
+
+    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            mine = count == number
+            if mine and when == "before":
+                act()
+            result = function(*args, **kwargs)
+            if mine and when == "after":
+                act()
+            return result
+
+        return call
+
+    for name in STORAGE_CALLS:
+        setattr(os, name, wrap(getattr(os, name)))
+
+
 def kill_at_call(number: int, when: str) -> Callable[[], None]:
-    """For a child: die at the n-th call that publishes, syncs or removes a file, before or after it takes effect."""
+    """For a child: die at the n-th storage call."""
+    return lambda: at_call(number, lambda: os.kill(os.getpid(), signal.SIGKILL), when)
+
+
+def short_leases() -> None:
+    """For a child: leases of a second."""
+    import kdcache.cache.commit as commit
+
+    commit.LEASE_SECONDS = 1.0
+
+
+def stop_at_call(number: int, when: str) -> Callable[[], None]:
+    """For a child: stop (SIGSTOP) at the n-th storage call, until another process says go on."""
+
+    def stop() -> None:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(0.5)  # any thread may be the one that takes the signal; until then this one runs on
 
     def install() -> None:
-        count = 0
-
-        def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                nonlocal count
-                count += 1
-                mine = count == number
-                if mine and when == "before":
-                    os.kill(os.getpid(), signal.SIGKILL)
-                result = function(*args, **kwargs)
-                if mine:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return result
-
-            return call
-
-        for name in ("link", "fsync", "replace", "unlink", "rmdir"):
-            setattr(os, name, wrap(getattr(os, name)))
+        short_leases()
+        at_call(number, stop, when)
 
     return install
+
+
+def wait(child: int) -> int:
+    """Its exit code."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def stopped_writers(options: dict[str, Any], root: Path, *, first: int = 1, stride: int = 1) -> dict[str, int]:
+    """A writer stops at the n-th storage call, past its lease; another finishes the cache; the first goes on and ends well.
+
+    Returns:
+        How often, and how often the other had nothing left to do.
+    """
+    run_to_the_end({**options, "output": str(root / "reference")})
+    reference = contents(root / "reference")
+    stops = 0
+    for when in ("before", "after"):
+        for number in range(first, 10**6, stride):
+            cache = root / f"{when}-{number}"
+            sleeper = start({**options, "output": str(cache)}, 0, 2, stop_at_call(number, when))
+            _, status = os.waitpid(sleeper, os.WUNTRACED)
+            if not os.WIFSTOPPED(status):
+                assert os.waitstatus_to_exitcode(status) == 0
+                break
+            time.sleep(1.2)
+            other = start({**options, "output": str(cache)}, 1, 2, short_leases)
+            assert wait(other) == 0, f"the other one, with one stopped {when} call {number}"
+            assert (cache / "manifest.json").exists(), "the other one finished the cache alone"
+            os.kill(sleeper, signal.SIGCONT)
+            assert wait(sleeper) == 0, f"the one that woke up {when} call {number} lost, and ended well"
+            assert_same(cache, reference)
+            stops += 1
+    return {"stops": stops}
+
+
+def blind_writers(options: dict[str, Any], root: Path, *, rounds: int, writers: int = 2) -> dict[str, int]:
+    """Writers that know nothing of each other do the same shards at the same time: leases fail to keep them apart."""
+
+    def no_leases() -> None:
+        import kdcache.cache.commit as commit
+
+        commit.claim = lambda store, shard: commit.Lease(store, shard)
+
+    run_to_the_end({**options, "output": str(root / "reference")})
+    reference = contents(root / "reference")
+    for number in range(rounds):
+        cache = root / f"blind-{number}"
+        children = [start({**options, "output": str(cache)}, 0, 2, no_leases) for _ in range(writers)]
+        assert [wait(child) for child in children] == [0] * writers
+        assert_same(cache, reference)
+    return {"rounds": rounds, "writers": writers}
 
 
 def contents(cache: Path) -> dict[str, Any]:
@@ -181,7 +257,7 @@ def every_commit_point(options: dict[str, Any], root: Path, *, stride: int = 1) 
         while True:
             cache = root / f"{when}-{number}"
             child = start({**options, "output": str(cache)}, 0, 1, kill_at_call(number, when))
-            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            code = wait(child)
             if code != -signal.SIGKILL:
                 assert code == 0, f"died otherwise, with {code}"
                 assert_same(cache, reference)

@@ -1,0 +1,55 @@
+"""S6: a writer is stopped past its lease at every storage call and goes on when another has finished; writers without leases.
+
+python benchmarks/prove_writers.py [--stride 1] [--rounds 20]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import results_file
+from tests.abuse.crashes import blind_writers, prepare, stopped_writers
+from tests.conftest import make_llama, texts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stride", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=20)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        os.environ["HF_DATASETS_CACHE"] = str(root / "datasets")
+        corpus = root / "texts.jsonl"
+        corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(6)))
+        prepare()
+        # The model is made in a child: what forks later must not have computed.
+        child = os.fork()
+        if not child:
+            make_llama(root / "teacher")
+            os._exit(0)
+        os.waitpid(child, 0)
+        options = {
+            "teacher": str(root / "teacher"), "dataset": str(corpus), "seq_len": 64, "top_k": 8, "threads": 1,
+            "batch_tokens": 256, "shard_positions": 300, "device": "cpu",
+        }  # fmt: skip
+        stopped = stopped_writers(options, root / "stopped", stride=args.stride)
+        blind = blind_writers(options, root / "blind", rounds=args.rounds, writers=3)
+    rows = [
+        ("writers stopped past their lease, before and after every storage call, then let go on", stopped["stops"]),
+        ("caches finished meanwhile by another writer, then unchanged, byte for byte", stopped["stops"]),
+        ("caches made by three writers at once that no lease keeps apart, byte for byte", blind["rounds"]),
+        ("writers that ended otherwise than well", 0),
+    ]
+    results_file.write("prove_writers", "S6: two writers of one shard, and a writer stopped past its lease", rows)
+
+
+if __name__ == "__main__":
+    main()
