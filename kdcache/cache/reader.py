@@ -189,11 +189,12 @@ class CacheReader:
         position = int(np.searchsorted(self._ends, index, side="right")) - 1
         shard = self._open.get(position)
         if shard is None:
-            shard = self._open[position] = self.open_shard(position)
+            shard = self.open_shard(position)
             if len(shard) != self.manifest.shards.num_sequences[position]:
                 raise CacheCorruptError(
                     f"{shard.where}: {self.manifest.shards.num_sequences[position]} sequences were committed, found {len(shard)}"
                 )
+            self._open[position] = shard
             if len(self._open) > MAX_OPEN_SHARDS:
                 self._open.popitem(last=False)
         self._open.move_to_end(position)
