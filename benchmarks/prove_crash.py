@@ -1,6 +1,6 @@
 """S1: SIGKILL at every storage call, then at random moments; resumed with 1, 2 and 3 workers; the finished cache is compared.
 
-python benchmarks/prove_crash.py [--kills 60] [--stride 1]
+python benchmarks/prove_crash.py [--kills 500] [--stride 1]
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def through_the_command_line(options: dict, root: Path, *, num_kills: int) -> in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--kills", type=int, default=500)
     parser.add_argument("--stride", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -18,9 +18,9 @@ Positive = Annotated[int, Field(gt=0, lt=1 << 62)]
 
 
 class Record(BaseModel):
-    """Frozen; unknown fields are refused."""
+    """Frozen; unknown fields and numbers that are not finite are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class AveragedSpec(Record):
@@ -41,7 +41,7 @@ class TeacherSpec(Record):
     dtype: str
     attention: str
     vocab_size: Annotated[int, Field(gt=0, le=1 << 32)]
-    hidden_size: Positive
+    hidden_size: Annotated[int, Field(gt=0, le=1 << 20)]
     num_parameters: Positive
     averaged: tuple[AveragedSpec, ...] = ()
 

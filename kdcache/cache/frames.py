@@ -17,6 +17,8 @@ import zstandard
 from kdcache.errors import CacheCorruptError
 
 MAX_WINDOW_BYTES = 8 << 20
+# No column of a sequence is larger; what a plan from a stranger allows may be.
+MAX_FRAME_BYTES = 1 << 30
 
 _local = threading.local()
 
@@ -58,9 +60,10 @@ def decompress(frame: bytes | memoryview, *, max_bytes: int, what: str) -> bytes
         _local.decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
     try:
         size = zstandard.frame_content_size(frame)
-        if not 0 <= size <= max_bytes:
+        limit = min(max_bytes, MAX_FRAME_BYTES)
+        if not 0 <= size <= limit:
             raise CacheCorruptError(
-                f"{what}: a frame of at most {max_bytes} bytes was expected, found one that declares {size}"
+                f"{what}: a frame of at most {limit} bytes was expected, found one that declares {size}"
             )
         content: bytes = _local.decompressor.decompress(frame, allow_extra_data=False)
     except zstandard.ZstdError as error:

@@ -13,9 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import Any, Literal, Self, TypeVar
+from datetime import datetime
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from kdcache.cache.codec import Codec
 from kdcache.cache.packed import Levels
@@ -35,6 +36,7 @@ from kdcache.specs import (
 )
 
 FORMAT_VERSION = 1
+MAX_SHARDS = 1 << 22
 RECORD_DIGEST = "record_digest"
 # Recorded in the spec, but not part of what it is.
 NAMES_ONLY = ("teacher.name", "corpus.dataset")
@@ -56,6 +58,12 @@ class CacheSpec(Record):
     compute: ComputeSpec
     rows_per_shard: Positive
     transcoded_from: Digest | None = None
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        if self.num_shards > MAX_SHARDS:
+            raise ValueError(f"{self.num_shards} shards, at most {MAX_SHARDS} are allowed")
+        return self
 
     def fields(self) -> dict[str, Any]:
         """Dotted name to value, of the fields that count."""
@@ -124,6 +132,11 @@ class ShardStats(Record):
     sum_codec_kl: float
 
 
+def _check_time(text: str) -> str:
+    datetime.fromisoformat(text).timestamp()
+    return text
+
+
 class Commit(Record):
     """``commits/NNNNN.json``: makes a shard count. Names a digest, never a path."""
 
@@ -135,7 +148,7 @@ class Commit(Record):
     stats: ShardStats
     head_digest: Digest | None = None
     worker: str
-    finished_at: str
+    finished_at: Annotated[str, AfterValidator(_check_time)]
     seconds: float
     batch_splits: Count = 0
 
@@ -187,13 +200,17 @@ def derive_manifest(plan: Plan, commits: list[Commit]) -> Manifest:
     if len(heads) > 1:
         raise CacheMismatchError(f"commits name different output heads: {sorted(map(str, heads))}")
     totals = {name: sum(getattr(commit.stats, name) for commit in ordered) for name in ShardStats.model_fields}
+    try:
+        stats = ShardStats(**totals)
+    except ValidationError as error:
+        raise CacheMismatchError(f"commits add up to what no cache has ({error.errors()[0]['msg']})") from error
     return Manifest(
         spec=plan.spec,
         fingerprint=plan.fingerprint,
         head_digest=heads.pop() if heads else None,
         sealed=len(ordered) == plan.spec.num_shards,
         num_bytes=sum(commit.num_bytes for commit in ordered),
-        stats=ShardStats(**totals),
+        stats=stats,
         shards=ShardTable(
             shard=numbers,
             digest=[commit.digest for commit in ordered],

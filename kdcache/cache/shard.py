@@ -134,8 +134,8 @@ class ShardReader:
         expected = schema(codec, plan, shard)
         if not batch.schema.equals(expected, check_metadata=True):
             raise CacheCorruptError(
-                f"{self.where}: schema or origin differ: expected {expected.metadata}, found {batch.schema.metadata}, "
-                f"columns {batch.schema.names}",
+                f"{self.where}: schema or origin differ: expected {expected.metadata} and {len(expected)} columns, found "
+                f"{batch.schema.metadata} and {len(batch.schema)}",
                 hint="the file belongs to another shard or another cache",
             )
         if any(column.null_count for column in batch.columns):

@@ -5,19 +5,17 @@ import os
 import shutil
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
-from kdcache.cache.commit import commit_name, current_manifest, read_commits, read_plan
+from kdcache.cache.commit import commit_name, current_manifest
 from kdcache.cache.frames import compress
-from kdcache.cache.manifest import to_json
 from kdcache.cache.reader import open_cache
-from kdcache.cache.shard import digest
 from kdcache.cache.store import LocalStore
 from kdcache.cache.verify import verify_cache
 from kdcache.dump.launch import dump
 from kdcache.dump.options import DumpOptions
 from kdcache.errors import CacheError
+from tests.abuse.hostile import forge
 from tests.strategies import make_plan, write_cache
 
 FLIPS = 150
@@ -116,33 +114,6 @@ def test_swapped_missing_and_doubled_files_are_refused(tmp_path, sound):
 
 
 # --- caches from strangers: every digest is right, the content is not --------------------------------------------------
-
-
-def commit_again(store, shard, data):
-    """Publish other bytes for a shard, with a commit and a manifest that vouch for them."""
-    from kdcache.cache.commit import shard_name
-
-    commit = next(c for c in read_commits(store) if c.shard == shard)
-    changed = commit.model_copy(update={"digest": digest(data), "num_bytes": len(data)})
-    store.replace(shard_name(shard, changed.digest), data)
-    store.replace(commit_name(shard), to_json(changed))
-    store.delete("manifest.json")
-
-
-def forge(store, **columns):
-    """Shard 0 with the frames of its first row replaced."""
-    plan = read_plan(store)
-    reader = open_cache(store.root)
-    from kdcache.cache.shard import schema
-
-    batch = pa.ipc.open_file(pa.py_buffer(store.read(f"shards/{store.names_in('shards')[0]}"))).get_batch(0)
-    rows = batch.to_pylist()
-    rows[0] |= columns
-    kind = schema(reader.codec, plan.fingerprint, 0)
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, kind) as writer:
-        writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=kind))
-    commit_again(store, 0, sink.getvalue().to_pybytes())
 
 
 @pytest.mark.parametrize(
