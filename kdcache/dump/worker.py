@@ -86,8 +86,8 @@ class Worker:
                     break
                 lease = claim_first(self.store, todo)
                 if lease is None:
-                    self._drain()
-                    time.sleep(POLL_SECONDS)
+                    if not self._drain():  # what is left is in other hands, not in our own writer's
+                        time.sleep(POLL_SECONDS)
                 elif lease.shard in committed_shards(self.store):
                     lease.release()
                 else:
@@ -158,10 +158,12 @@ class Worker:
         self._drain()
         self._pending = self._executor.submit(job)
 
-    def _drain(self) -> None:
+    def _drain(self) -> bool:
+        """Wait for the writer; whether it had something to do."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
+        return pending is not None
 
     def _name_culprit(
         self, shard: int, indices: Sequence[int], batch: list[TokenSequence], error: TeacherOutputError
