@@ -122,12 +122,20 @@ class CodecSpec(Record):
         step: Of the levels at logprob 0, in nats (packed).
         growth: Of that step, a nat (packed).
         max_kl: The declared error: KL(said ‖ stored) over entries and tail at T = 1, mean over positions, in nats.
+        id_tables: Digest of the tables that renumber token ids (packed), or None.
     """
 
     name: Literal["exact", "packed"]
     step: Annotated[float, Field(ge=1 / 128, le=1)]
     growth: Annotated[float, Field(ge=0, le=1)]
     max_kl: Annotated[float, Field(gt=0, le=1)]
+    id_tables: Digest | None = None
+
+    @model_validator(mode="after")
+    def _packed_only(self) -> Self:
+        if self.id_tables is not None and self.name != "packed":
+            raise ValueError(f"{self.name} has no id tables")
+        return self
 
 
 class ComputeSpec(Record):

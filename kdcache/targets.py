@@ -72,6 +72,11 @@ class TokenSequence:
         return mask
 
     @property
+    def contexts(self) -> UIntArray:
+        """``[N]`` uint32: the token at each row that has a target, the last one that the teacher had read."""
+        return self.input_ids[self.target_mask]
+
+    @property
     def position_ids(self) -> UIntArray:
         """``[T]`` uint32: positions counted from the start of each document."""
         index = np.arange(len(self), dtype=np.uint32)

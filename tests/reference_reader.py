@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 import zstandard
+from safetensors.numpy import load
 
 
 def record(path):
@@ -39,10 +40,29 @@ def read_cache(folder):
         assert about == {"format_version": 1, "plan": plan["fingerprint"], "shard": shard}
         for row, columns in enumerate(batch.to_pylist()):
             assert columns["sequence_id"] == shard << 32 | row
-            yield read_row(columns, spec)
+            yield read_row(columns, spec, read_tables(folder, spec))
 
 
-def read_row(columns, spec):
+def read_tables(folder, spec):
+    """The id tables, or None."""
+    digest = spec["codec"]["id_tables"]
+    if digest is None:
+        return None
+    data = (folder / "tables" / f"{digest}.safetensors").read_bytes()
+    assert xxhash.xxh3_128_hexdigest(data) == digest
+    return load(data)
+
+
+def token_id(code, before, tables):
+    """The token that a code stands for after another token."""
+    order, contexts, lists = tables["order"], tables["contexts"].tolist(), tables["lists"]
+    length = lists.shape[1]
+    if code >= length:
+        return int(order[code - length])
+    return int(order[lists[contexts.index(before)][code] if before in contexts else code])
+
+
+def read_row(columns, spec, tables):
     """One sequence: tokens, and what the teacher said."""
 
     def array(name, dtype):
@@ -56,7 +76,14 @@ def read_row(columns, spec):
     assert hashed.intdigest() == columns["content_hash"] and len(ids) == length
     n = int(mask[1:].sum())
     read = read_exact if spec["codec"]["name"] == "exact" else read_packed
-    return {"input_ids": ids, "loss_mask": mask, "document_starts": starts, **read(array, n, spec, columns)}
+    said = read(array, n, spec, columns)
+    if tables is not None:
+        before = np.repeat(ids[:-1][mask[1:]], said["num_entries"])
+        plain = [token_id(int(code), int(token), tables) for code, token in zip(said["token_ids"], before, strict=True)]
+        order = np.lexsort((plain, np.repeat(np.arange(n), said["num_entries"])))
+        said |= {"token_ids": np.array(plain)[order], "logprobs": said["logprobs"][order]}
+        said |= {"counts": said["counts"][order]} if "counts" in said else {}
+    return {"input_ids": ids, "loss_mask": mask, "document_starts": starts, **said}
 
 
 def counts_of(array, spec, total, columns):

@@ -16,7 +16,7 @@ Refuses what its levels cannot hold (a logprob below about -200 nats).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from kdcache.cache import packed
 from kdcache.cache.frames import compress, read_array
+from kdcache.cache.tables import IdTables, ascending
 from kdcache.errors import CacheCorruptError, ConfigError, TeacherOutputError
 from kdcache.targets import CountArray, FloatArray, SparseTargets, UIntArray, rescale_entries
 
@@ -51,6 +52,7 @@ class CompactTargets:
         entropy: ``[N]`` float32.
         hidden: ``[N, D]`` float32, or uint16 holding bfloat16 bits, or None.
         counts: ``[E, num_temperatures]`` uint16, draws of each entry, or None.
+        ascending: Whether token ids ascend inside a position; those that were renumbered come in the order of their codes.
     """
 
     num_entries: UIntArray
@@ -64,9 +66,14 @@ class CompactTargets:
     entropy: FloatArray
     hidden: FloatArray | npt.NDArray[np.uint16] | None = None
     counts: CountArray | None = None
+    ascending: bool = True
 
     def expand(self, temperatures: tuple[float, ...]) -> SparseTargets:
-        """Integers to logprobs, the plain numpy form of what ``kdcache.train`` does on the device."""
+        """Integers to logprobs, the plain numpy form of what ``kdcache.train`` does on the device; ids ascend.
+
+        Raises:
+            CacheCorruptError: An id stands twice at a position.
+        """
         tails = (
             self.tails
             if self.tail_table is None
@@ -78,10 +85,11 @@ class CompactTargets:
         else:
             logprobs = rescale_entries(self.value_table[self.values], tails[:, 0], self.num_entries)
         hidden = None if self.hidden is None else bfloat16_to_float(self.hidden)
-        return SparseTargets(
+        targets = SparseTargets(
             temperatures, self.num_entries, self.token_ids, logprobs, tails,
             self.logz, self.label_logprobs, self.entropy, hidden, self.counts,
         )  # fmt: skip
+        return targets if self.ascending else ascending(targets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +105,7 @@ class Codec:
         num_draws: Draws a position and temperature of the schemes that draw, else 0.
         hidden_size: D of the ``hidden`` scheme, else 0.
         hidden_dtype: What hidden states are stored as.
+        id_tables: A renumbering of token ids by the token before (packed), or None.
     """
 
     name: CodecName
@@ -107,9 +116,14 @@ class Codec:
     num_draws: int = 0
     hidden_size: int = 0
     hidden_dtype: Literal["float32", "bfloat16"] = "float32"
+    id_tables: IdTables | None = None
 
-    def encode(self, targets: SparseTargets) -> dict[str, bytes]:
+    def encode(self, targets: SparseTargets, contexts: UIntArray | None = None) -> dict[str, bytes]:
         """Frames by column name, the same names for every sequence of a cache.
+
+        Args:
+            targets: What the teacher said at N positions.
+            contexts: ``[N]``, the token before each (``TokenSequence.contexts``); needed where there are tables.
 
         Raises:
             ConfigError: The codec cannot hold these values within its bound.
@@ -118,6 +132,9 @@ class Codec:
         if targets.temperatures != self.temperatures:
             raise ValueError(f"targets declare temperatures {targets.temperatures}, the codec {self.temperatures}")
         self._check_storable(targets)
+        if self.id_tables is not None:
+            assert contexts is not None, "tables renumber ids by the token before"
+            targets = self.id_tables.recode(targets, contexts)
         arrays = _ENCODERS[self.name](self, targets)
         if self.hidden_size:
             assert targets.hidden is not None, "the hidden scheme stores hidden states"
@@ -149,13 +166,14 @@ class Codec:
         if not (np.isfinite(targets.logz).all() and np.isfinite(targets.entropy).all()):
             raise TeacherOutputError("a log-normaliser or an entropy that is not finite cannot be stored")
 
-    def decode(self, frames: Frames, num_targets: int, where: str) -> CompactTargets:
+    def decode(self, frames: Frames, num_targets: int, where: str, contexts: UIntArray | None = None) -> CompactTargets:
         """Undo :meth:`encode`.
 
         Args:
             frames: Column name to frame.
             num_targets: N, known from the loss mask.
             where: Names shard and sequence in messages.
+            contexts: As for :meth:`encode`.
 
         Raises:
             CacheCorruptError: A frame is not intact, or its values cannot have been written.
@@ -164,6 +182,11 @@ class Codec:
             compact = _DECODERS[self.name](self, frames, num_targets, where)
         except KeyError as error:
             raise CacheCorruptError(f"{where}: column {error} is missing") from error
+        if self.id_tables is not None:
+            assert contexts is not None, "tables renumber ids by the token before"
+            codes = compact.token_ids.astype(np.int64)
+            ids = self.id_tables.token_ids(codes, compact.num_entries, contexts, where)
+            compact = replace(compact, token_ids=ids, ascending=False)
         if len(compact.token_ids) and int(compact.token_ids.max()) >= self.vocab_size:
             raise CacheCorruptError(f"{where}: token id {compact.token_ids.max()} in a vocabulary of {self.vocab_size}")
         return compact

@@ -18,10 +18,13 @@ import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 
 from pydantic import BaseModel
 
+from kdcache.cache.codec import Codec
 from kdcache.cache.manifest import (
+    CacheSpec,
     Commit,
     Manifest,
     Plan,
@@ -33,8 +36,16 @@ from kdcache.cache.manifest import (
 )
 from kdcache.cache.shard import digest
 from kdcache.cache.store import TEMPORARY, Store, hostname, is_running, open_store
+from kdcache.cache.tables import IdTables
 from kdcache.config import run_files, run_name
-from kdcache.errors import CacheMismatchError, CacheNotFoundError, ConfigError, KDCacheError, StoreError
+from kdcache.errors import (
+    CacheCorruptError,
+    CacheMismatchError,
+    CacheNotFoundError,
+    ConfigError,
+    KDCacheError,
+    StoreError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -197,6 +208,38 @@ def _parse_commit(store: Store, shard: int, data: bytes) -> Commit:
 def committed_shards(store: Store) -> set[int]:
     """Numbers of the committed shards, from file names alone."""
     return {int(match[1]) for name in store.names_in(COMMITS) if (match := _COMMIT_NAME.fullmatch(name))}
+
+
+def load_codec(store: Store, spec: CacheSpec) -> Codec:
+    """The codec of a cache, with the tables that its plan names; their digest is checked.
+
+    Raises:
+        CacheCorruptError: The tables are not those of the plan.
+    """
+    if spec.codec.id_tables is None:
+        return spec.make_codec()
+    return spec.make_codec(read_id_tables(store, spec.codec.id_tables, spec.teacher.vocab_size))
+
+
+@lru_cache(maxsize=4)
+def _parse_id_tables(data: bytes, vocab_size: int, where: str) -> IdTables:
+    return IdTables.from_bytes(data, vocab_size, where)
+
+
+def read_id_tables(store: Store, table_digest: str, vocab_size: int) -> IdTables:
+    """Tables by digest.
+
+    Raises:
+        CacheCorruptError: They are not there, or are not those.
+    """
+    name = table_name(table_digest)
+    try:
+        data = store.read(name)
+    except CacheNotFoundError as error:
+        raise CacheCorruptError(f"{store}: the plan names id tables, {name} is not there") from error
+    if (found := digest(data)) != table_digest:
+        raise CacheCorruptError(f"{store}/{name}: these id tables have digest {found}")
+    return _parse_id_tables(data, vocab_size, f"{store}/{name}")
 
 
 def commit_shard(

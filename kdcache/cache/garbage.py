@@ -39,7 +39,8 @@ def find_garbage(store: Store, now: float | None = None) -> list[str]:
         if (shard := parse_shard_name(name)) is not None and shard in committed and f"{SHARDS}/{name}" not in named
     ]
     if len(committed) == plan.spec.num_shards:
-        tables = {table_name(commit.head_digest) for commit in commits if commit.head_digest}
+        digests = {commit.head_digest for commit in commits} | {plan.spec.codec.id_tables}
+        tables = {table_name(digest) for digest in digests if digest}
         garbage += [f"{TABLES}/{name}" for name in store.names_in(TABLES) if f"{TABLES}/{name}" not in tables]
     garbage += [f"{LEASES}/{name}" for name in split_leases(store, committed, now)[1]]
     return sorted(garbage)

@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_va
 
 from kdcache.cache.codec import Codec
 from kdcache.cache.packed import Levels
+from kdcache.cache.tables import IdTables
 from kdcache.errors import CacheCorruptError, CacheFormatError, CacheMismatchError
 from kdcache.specs import (
     CodecSpec,
@@ -87,8 +88,9 @@ class CacheSpec(Record):
         first = shard * self.rows_per_shard
         return range(first, min(first + self.rows_per_shard, self.corpus.num_rows))
 
-    def make_codec(self) -> Codec:
-        """The codec of the shards."""
+    def make_codec(self, id_tables: IdTables | None = None) -> Codec:
+        """The codec of the shards; with the tables that it names, where it names some."""
+        assert (id_tables is None) == (self.codec.id_tables is None), "the tables of the plan, no others"
         hidden = self.targets.scheme == "hidden"
         return Codec(
             name=self.codec.name,
@@ -99,6 +101,7 @@ class CacheSpec(Record):
             levels=Levels(self.codec.step, self.codec.growth),
             hidden_size=self.teacher.hidden_size if hidden else 0,
             hidden_dtype="bfloat16" if self.teacher.dtype == "bfloat16" else "float32",
+            id_tables=id_tables,
         )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.cache.codec import CompactTargets
-from kdcache.cache.commit import current_manifest, shard_name, table_name
+from kdcache.cache.commit import current_manifest, load_codec, shard_name, table_name
 from kdcache.cache.manifest import Manifest
 from kdcache.cache.shard import ShardReader, content_hash, digest
 from kdcache.cache.store import Store, open_store
@@ -67,7 +67,7 @@ class CacheReader:
         self.store = store
         self.manifest = manifest or current_manifest(store)
         self.spec = self.manifest.spec
-        self.codec = self.spec.make_codec()
+        self.codec = load_codec(store, self.spec)
         if not self.manifest.sealed and not allow_incomplete:
             done, planned = len(self.manifest.shards.shard), self.spec.num_shards
             raise CacheIncompleteError(
@@ -89,7 +89,7 @@ class CacheReader:
         """
         shard, row = self._locate(index)
         sequence = shard.sequence(row)
-        compact = shard.targets(row, int(sequence.target_mask.sum()))
+        compact = shard.targets(row, sequence)
         return CacheRow(shard.sequence_id(row), sequence, compact.expand(self.temperatures))
 
     def __iter__(self) -> Iterator[CacheRow]:
@@ -140,7 +140,7 @@ class CacheReader:
         """A sequence with its targets still as small integers, for decoding on the training device."""
         shard, row = self._locate(index)
         sequence = shard.sequence(row)
-        return sequence, shard.targets(row, int(sequence.target_mask.sum()))
+        return sequence, shard.targets(row, sequence)
 
     def head_bytes(self) -> bytes:
         """The safetensors file of the teacher's output head, its digest checked (``hidden`` caches).

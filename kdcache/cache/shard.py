@@ -69,7 +69,7 @@ class ShardBuilder:
         """Append a row. Rows are numbered in the order of calls."""
         if int(sequence.target_mask.sum()) != len(targets):
             raise ValueError("one target for each position whose next token has its loss bit set")
-        self.add_frames(sequence, self.codec.encode(targets))
+        self.add_frames(sequence, self.codec.encode(targets, sequence.contexts))
 
     def add_frames(self, sequence: TokenSequence, frames: dict[str, bytes]) -> None:
         """Append a row whose targets are encoded already (``codec.encode``)."""
@@ -169,10 +169,11 @@ class ShardReader:
             raise CacheCorruptError(f"{where}: the content hash does not match the token ids")
         return sequence
 
-    def targets(self, row: int, num_targets: int) -> CompactTargets:
-        """Targets of a row, still compact. ``num_targets`` comes from the sequence's mask."""
+    def targets(self, row: int, sequence: TokenSequence) -> CompactTargets:
+        """Targets of a row, still compact; ``sequence`` is that of the same row."""
         frames = {name: self._frame(name, row) for name in self._codec.column_names}
-        return self._codec.decode(frames, num_targets, f"{self.where}, sequence {row}")
+        contexts = sequence.contexts
+        return self._codec.decode(frames, len(contexts), f"{self.where}, sequence {row}", contexts)
 
     def sequence_id(self, row: int) -> int:
         """The stored id, ``shard << 32 | row``."""

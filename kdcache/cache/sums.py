@@ -34,10 +34,13 @@ class ShardSums:
             float(-targets.label_logprobs.sum(dtype=np.float64)),
         )
 
-    def add_error(self, index: int, targets: SparseTargets, codec: Codec, frames: Frames) -> None:
+    def add_error(
+        self, index: int, sequence: TokenSequence, targets: SparseTargets, codec: Codec, frames: Frames
+    ) -> None:
         """Measure what storing a sequence costs, if it is one of the sample."""
+        contexts = sequence.contexts
         if index % KL_EVERY == 0 and codec.name != "exact":
-            stored = codec.decode(frames, len(targets), f"sequence {index}").expand(codec.temperatures)
+            stored = codec.decode(frames, len(targets), f"sequence {index}", contexts).expand(codec.temperatures)
             self._errors[index] = (len(targets), float(kl_of_stored(targets, stored).sum()))
 
     def total(self, *, num_rows: int, num_skipped: int, num_truncated: int, num_split: int) -> ShardStats:

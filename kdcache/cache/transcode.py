@@ -24,10 +24,12 @@ from kdcache.cache.commit import (
     claim_first,
     commit_shard,
     committed_shards,
+    load_codec,
     publish_plan,
     read_commit,
     read_plan,
     seal,
+    table_name,
     write_run,
 )
 from kdcache.cache.manifest import Manifest, Plan
@@ -73,12 +75,15 @@ def transcode(options: TranscodeOptions) -> Manifest:
         raise ConfigError(f"--output {store} is the cache itself", hint="name another folder")
     check_is_ours(store)
     check_writers(store, 1)
-    plan = publish_plan(store, plan_of(source, options))
+    planned = plan_of(source, options)
+    if (tables := planned.spec.codec.id_tables) is not None:
+        store.put_if_absent(table_name(tables), source.store.read(table_name(tables)))
+    plan = publish_plan(store, planned)
     write_run(store, "transcode", options, "cpu")
-    done, planned = len(committed_shards(store)), plan.spec.num_shards
-    with Progress("transcode", planned, done) as progress:
-        while left := sorted(set(range(planned)) - committed_shards(store)):
-            progress.update(planned - len(left) - done, f"{planned - len(left)}/{planned} shards")
+    done, total = len(committed_shards(store)), plan.spec.num_shards
+    with Progress("transcode", total, done) as progress:
+        while left := sorted(set(range(total)) - committed_shards(store)):
+            progress.update(total - len(left) - done, f"{total - len(left)}/{total} shards")
             lease = claim_first(store, left)
             if lease is None:
                 time.sleep(POLL_SECONDS)
@@ -132,6 +137,8 @@ def _codec(old: CodecSpec, targets: TargetSpec, options: TranscodeOptions) -> Co
     if name == old.name and options.quality is None:
         return old
     new = describe_codec(name, options.quality or "standard", targets.max_entries)
+    if name == "packed":
+        new = new.model_copy(update={"id_tables": old.id_tables})
     if old.name == "packed" and (name == "exact" or new.max_kl < old.max_kl):
         raise ConfigError(
             f"the cache is packed with an error of up to {old.max_kl:g} nats: {name} of a finer quality cannot bring back what "
@@ -143,19 +150,19 @@ def _codec(old: CodecSpec, targets: TargetSpec, options: TranscodeOptions) -> Co
 
 def _transcode_shard(source: CacheReader, store: Store, plan: Plan, lease: Lease) -> None:
     started, shard = time.monotonic(), lease.shard
-    old, codec = source.open_shard(shard), plan.spec.make_codec()
+    old, codec = source.open_shard(shard), load_codec(store, plan.spec)
     builder, sums = ShardBuilder(codec, plan.fingerprint, shard), ShardSums()
     for row in range(len(old)):
         lease.renew()
         sequence = old.sequence(row)
-        said = old.targets(row, int(sequence.target_mask.sum())).expand(source.temperatures)
+        said = old.targets(row, sequence).expand(source.temperatures)
         where = f"{source.store}, shard {shard:05d}, sequence {row}"
         check_alignment(sequence, said, where, 2 * source.codec.logprob_error_bound(said.label_logprobs))
         targets = change(said, plan.spec.targets)
-        frames = codec.encode(targets)
+        frames = codec.encode(targets, sequence.contexts)
         builder.add_frames(sequence, frames)
         sums.add(row, sequence, targets)
-        sums.add_error(row, targets, codec, frames)
+        sums.add_error(row, sequence, targets, codec, frames)
     before = read_commit(source.store, shard).stats
     total = sums.total(
         num_rows=before.num_rows, num_skipped=before.num_rows_skipped, num_truncated=before.num_rows_truncated,

@@ -13,6 +13,7 @@ from kdcache.cache.commit import (
     current_manifest,
     read_commit,
     read_commits,
+    read_id_tables,
     read_plan,
     table_name,
 )
@@ -34,6 +35,7 @@ class Audit:
         missing: Planned shards that are not committed.
         damaged: Committed shards whose file or commit is not whole.
         damaged_head: Digest of the output head of a ``hidden`` cache that is not what was committed, or None.
+        damaged_tables: Digest of the id tables that are not those of the plan, or None.
         problems: One line each; empty when all is well.
     """
 
@@ -43,6 +45,7 @@ class Audit:
     missing: list[int] = field(default_factory=list)
     damaged: list[int] = field(default_factory=list)
     damaged_head: str | None = None
+    damaged_tables: str | None = None
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -65,6 +68,8 @@ def verify_cache(store: Store, *, deep: bool = True, on_shard: Callable[[int], N
     plan = read_plan(store)
     audit = Audit(num_shards=plan.spec.num_shards)
     commits = _readable_commits(store, audit)
+    if not _tables_are_whole(store, plan, audit):
+        return audit
     try:
         derived = derive_manifest(plan, commits)
         reader = CacheReader(store, allow_incomplete=True, manifest=derived)
@@ -96,6 +101,22 @@ def verify_cache(store: Store, *, deep: bool = True, on_shard: Callable[[int], N
             audit.damaged.append(number)
         on_shard(position + 1)
     return audit
+
+
+def _tables_are_whole(store: Store, plan: Plan, audit: Audit) -> bool:
+    """Without its id tables no shard of a cache can be read."""
+    digest = plan.spec.codec.id_tables
+    if digest is None:
+        return True
+    try:
+        read_id_tables(store, digest, plan.spec.teacher.vocab_size)
+    except StoreUnavailableError:
+        raise
+    except CacheError as error:
+        audit.problems.append(error.message)
+        audit.damaged_tables = digest
+        return False
+    return True
 
 
 def _check_records(store: Store, plan: Plan, commits: list[Commit], derived: Manifest, audit: Audit) -> None:
@@ -144,6 +165,8 @@ def repair(store: Store, audit: Audit) -> list[int]:
         The shards to be made again.
     """
     again = sorted(set(audit.damaged))
+    if audit.damaged_tables is not None:
+        store.delete(table_name(audit.damaged_tables))
     if audit.damaged_head is not None:
         store.delete(table_name(audit.damaged_head))
         # The head is written by a worker that has a shard to make.
@@ -165,6 +188,6 @@ def _verify_shard(reader: CacheReader, position: int, deep: bool) -> int:
         if shard.sequence_id(row) != sequence_id(reader.manifest.shards.shard[position], row):
             raise CacheCorruptError(f"{where}: found the sequence id {shard.sequence_id(row)}")
         sequence = shard.sequence(row)
-        targets = shard.targets(row, int(sequence.target_mask.sum())).expand(reader.temperatures)
+        targets = shard.targets(row, sequence).expand(reader.temperatures)
         check_alignment(sequence, targets, where, 2 * reader.codec.logprob_error_bound(targets.label_logprobs))
     return len(shard)

@@ -70,7 +70,13 @@ def dump(options: DumpOptions) -> DumpResult:
     keep_freed_memory()
     rank, world_size = launched_rank()
     check_writers(store, max(world_size, options.workers))
-    plan, rows = make_plan(store, options)
+    loaded: list[Worker] = []
+
+    def load_worker(draft: Plan, rows: Dataset) -> Worker:
+        loaded.append(make_worker(store, options, draft, rows, rank, world_size))
+        return loaded[0]
+
+    plan, rows = make_plan(store, options, load_worker)
     write_run(store, "dump-teacher", options, plan.spec.compute.device)
     warn_about_versions(plan)
     store.remove_abandoned()
@@ -80,8 +86,9 @@ def dump(options: DumpOptions) -> DumpResult:
     stopped = 0
     if num_done < plan.spec.num_shards:
         if world_size > 1 or options.workers == 1:
-            stopped = _run_here(store, options, plan, rows, rank, world_size, num_done)
+            stopped = _run_here(store, options, plan, rows, rank, world_size, num_done, loaded)
         else:
+            loaded.clear()  # the teacher's memory is for the workers
             stopped = _run_processes(store, options, plan, num_done)
     return DumpResult(seal(store), stopped=stopped)
 
@@ -152,10 +159,19 @@ def progress_line(plan: Plan, shards_done: float, positions: float, seconds: flo
 
 
 def _run_here(
-    store: Store, options: DumpOptions, plan: Plan, rows: Dataset, rank: int, size: int, num_done: int
+    store: Store,
+    options: DumpOptions,
+    plan: Plan,
+    rows: Dataset,
+    rank: int,
+    size: int,
+    num_done: int,
+    loaded: list[Worker],
 ) -> int:
+    """This process is the worker; ``loaded`` holds one already where there was a pilot."""
     with Progress("dump", plan.spec.num_shards, num_done) as progress, stop_on_signals() as stop:
-        worker = make_worker(store, options, plan, rows, rank, size)
+        worker = loaded[0] if loaded else make_worker(store, options, plan, rows, rank, size)
+        worker.plan = plan
         positions, shards = 0, 0.0
 
         def on_progress(more: int, fraction: float) -> None:

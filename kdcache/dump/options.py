@@ -89,6 +89,13 @@ class DumpOptions(Options):
             description="Of packed: KL(said ‖ stored) of 1e-4, 1e-3, 1e-2 nats a position at most; measured while dumping."
         ),
     ] = "standard"
+    id_tables: Annotated[
+        Literal["auto", "none", "global", "context"],
+        Field(
+            description="Of packed: renumber token ids by frequency (global) or by the token before (context), counted on a pilot; auto "
+            "decides by the size of the corpus."
+        ),
+    ] = "auto"
 
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from kdcache.cache.commit import check_is_ours, current_manifest, publish_plan, read_plan
+from kdcache.cache.commit import check_is_ours, current_manifest, publish_plan, read_plan, table_name
 from kdcache.cache.manifest import CacheSpec, Manifest, Plan
 from kdcache.cache.reader import open_cache
+from kdcache.cache.shard import digest
 from kdcache.cache.store import Store
 from kdcache.config import library_versions
 from kdcache.corpus import detect_columns, load_rows, mean_row_tokens, source_digest
 from kdcache.dump.average import describe_averaged
 from kdcache.dump.options import DEFAULT_SHARD_POSITIONS, MIN_SHARDS, DumpOptions
+from kdcache.dump.pilot import choose_tables, count_tables
 from kdcache.errors import CacheMismatchError, ConfigError
 from kdcache.model_files import find_model, model_digest
 from kdcache.models import describe_model, describe_tokenizer, load_config, load_tokenizer, parse_dtype, pick_device
@@ -24,6 +27,8 @@ from kdcache.specs import ComputeSpec, CorpusSpec, TeacherSpec
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from kdcache.dump.worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +61,8 @@ def finished_before(store: Store, options: DumpOptions) -> Manifest | None:
         "teacher.averaged": [a.model_dump() for a in describe_averaged(options.average, spec.tokenizer)],
         "compute.batch_tokens": options.batch_tokens,
     }
+    if options.id_tables != "none":
+        del asked["codec.id_tables"]  # what they are was counted when the plan was made
     if options.text_column is not None:
         asked["corpus.text_column"] = options.text_column
     if options.attention != "auto":
@@ -75,8 +82,16 @@ def finished_before(store: Store, options: DumpOptions) -> Manifest | None:
     return manifest
 
 
-def make_plan(store: Store, options: DumpOptions) -> tuple[Plan, Dataset]:
-    """Describe everything that moves the numbers, and publish it or agree with what was published."""
+def make_plan(
+    store: Store, options: DumpOptions, load_worker: Callable[[Plan, Dataset], Worker] | None = None
+) -> tuple[Plan, Dataset]:
+    """Describe everything that moves the numbers, and publish it or agree with what was published.
+
+    Args:
+        store: Where the cache is, or will be.
+        options: Of the dump.
+        load_worker: Loads the teacher where a pilot is needed; without it there is none, and no id tables.
+    """
     check_is_ours(store)
     standing = read_plan(store) if store.exists("plan.json") else None
     source = find_model(options.teacher, options.revision)
@@ -109,6 +124,7 @@ def make_plan(store: Store, options: DumpOptions) -> tuple[Plan, Dataset]:
         logger.info(
             "--top-k %d is more than the vocabulary: every one of its %d tokens is kept", options.top_k, vocab_size
         )
+    codec, tokens_per_row = options.codec_spec(targets), mean_row_tokens(rows, corpus, tokenizer)
     spec = CacheSpec(
         teacher=TeacherSpec(
             name=options.teacher,
@@ -123,19 +139,15 @@ def make_plan(store: Store, options: DumpOptions) -> tuple[Plan, Dataset]:
         tokenizer=tokenizer_spec,
         corpus=corpus,
         targets=targets,
-        codec=options.codec_spec(targets),
+        codec=codec,
         compute=ComputeSpec(
             device=device.split(":")[0],
             threads=options.threads or (standing.spec.compute.threads if standing else _threads(options, device)),
             batch_tokens=options.batch_tokens,
             chunk_positions=CHUNK_POSITIONS.get(device.split(":")[0], 4096),
         ),
-        rows_per_shard=(
-            _rows_of_others(standing, options)
-            or _rows_per_shard(options, rows, mean_row_tokens(rows, corpus, tokenizer))
-        ),
+        rows_per_shard=_rows_of_others(standing, options) or _rows_per_shard(options, rows, tokens_per_row),
     )
-    plan = Plan(spec=spec, fingerprint=spec.fingerprint, environment=library_versions())
     logger.info(
         "%d rows (%s) in %d shards; teacher %s, %s",
         len(rows),
@@ -144,7 +156,42 @@ def make_plan(store: Store, options: DumpOptions) -> tuple[Plan, Dataset]:
         options.teacher,
         spec.teacher.dtype,
     )
+    num_tokens = tokens_per_row * len(rows)
+    kind = choose_tables(options, targets, codec, vocab_size, num_tokens)
+    draft = _plan(spec)
+    tables = _standing_tables(store, standing, options, kind)
+    if load_worker and tables is None and kind != "none" and not (standing and standing.spec.codec.id_tables is None):
+        data = count_tables(load_worker(draft, rows), kind, num_tokens).to_bytes()
+        standing = read_plan(store) if store.exists("plan.json") else None  # a peer may have been faster
+        tables = standing.spec.codec.id_tables if standing else digest(data)
+        if tables == digest(data):
+            store.put_if_absent(table_name(tables), data)
+    plan = _plan(spec.model_copy(update={"codec": codec.model_copy(update={"id_tables": tables})}))
     return publish_plan(store, plan), rows
+
+
+def _plan(spec: CacheSpec) -> Plan:
+    return Plan(spec=spec, fingerprint=spec.fingerprint, environment=library_versions())
+
+
+def _standing_tables(store: Store, standing: Plan | None, options: DumpOptions, kind: str) -> str | None:
+    """Digest of the tables that the plan names, if they are there and nobody asks for something else.
+
+    Raises:
+        CacheMismatchError: The cache was begun without.
+    """
+    named = standing.spec.codec.id_tables if standing else None
+    if standing and named is None and options.id_tables in ("global", "context"):
+        raise CacheMismatchError(
+            f"{store} was begun without id tables, this run asks for --id-tables {options.id_tables}",
+            hint="leave the option out to go on with it, or use another --output",
+        )
+    if named is None or (kind == "none" and options.id_tables == "none"):
+        return None
+    if not store.exists(table_name(named)):
+        logger.warning("the id tables of %s are gone; counting them anew", store)
+        return None
+    return named
 
 
 def _rows_of_others(standing: Plan | None, options: DumpOptions) -> int | None:

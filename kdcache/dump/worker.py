@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from kdcache.cache.commit import Lease, claim_first, commit_shard, committed_shards
+from kdcache.cache.commit import Lease, claim_first, commit_shard, committed_shards, load_codec
 from kdcache.cache.manifest import Plan
 from kdcache.cache.shard import ShardBuilder, sequence_id
 from kdcache.cache.store import Store, hostname
@@ -108,15 +108,15 @@ class Worker:
         sequences = make_sequences(rows, spec.corpus, self.tokenizer, counts)
         frames: dict[int, dict[str, bytes]] = {}
         stats = ShardSums()
-        codec = spec.make_codec()
+        codec = load_codec(self.store, spec)
 
         def encode(indices: Sequence[int], batch: list[SparseTargets]) -> None:
             for index, targets in zip(indices, batch, strict=True):
                 where = f"shard {shard:05d}, sequence {index}"
                 check_alignment(sequences[index], targets, where, np.full(len(targets), 1e-3, dtype=np.float32))
-                frames[index] = codec.encode(targets)
+                frames[index] = codec.encode(targets, sequences[index].contexts)
                 stats.add(index, sequences[index], targets)
-                stats.add_error(index, targets, codec, frames[index])
+                stats.add_error(index, sequences[index], targets, codec, frames[index])
 
         def finish() -> None:
             builder = ShardBuilder(codec, self.plan.fingerprint, shard)

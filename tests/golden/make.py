@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kdcache.cache.commit import commit_shard, publish_plan, seal, table_name
+from kdcache.cache.commit import commit_shard, load_codec, publish_plan, seal, table_name
 from kdcache.cache.manifest import Plan
 from kdcache.cache.shard import ShardBuilder, digest
 from kdcache.cache.store import LocalStore
 from kdcache.cache.sums import ShardSums
+from kdcache.cache.tables import IdTables
 from kdcache.dump.draw import position_uniforms
 from kdcache.dump.select import select
 from kdcache.heads import OutputHead
@@ -35,6 +36,8 @@ CASES = {
     "hidden": {"targets": {"scheme": "hidden", "k": 0, "temperatures": [1.0]}, "codec__name": "exact"},
     "hidden-bfloat16": {"targets": {"scheme": "hidden", "k": 0, "temperatures": [1.0]}, "codec__name": "exact", "teacher__dtype": "bfloat16"},
 }  # fmt: skip
+
+WITH_TABLES = ("packed-top_k", "packed-hybrid")
 
 
 def a_row(plan: Plan, index: int) -> tuple[TokenSequence, SparseTargets]:
@@ -73,9 +76,11 @@ def a_row(plan: Plan, index: int) -> tuple[TokenSequence, SparseTargets]:
     )
 
 
-def make_cache(folder: Path, plan: Plan) -> None:
+def make_cache(folder: Path, plan: Plan, tables: IdTables | None = None) -> None:
     """Two shards, three sequences and two."""
     store = LocalStore(folder)
+    if tables is not None:
+        store.put_if_absent(table_name(digest(tables.to_bytes())), tables.to_bytes())
     publish_plan(store, plan)
     head_digest = None
     if plan.spec.targets.scheme == "hidden":
@@ -83,15 +88,15 @@ def make_cache(folder: Path, plan: Plan) -> None:
         head = OutputHead(torch.randn(VOCAB_SIZE, HIDDEN_SIZE).to(torch.bfloat16)).to_bytes()
         head_digest = digest(head)
         store.put_if_absent(table_name(head_digest), head)
-    codec = plan.spec.make_codec()
+    codec = load_codec(store, plan.spec)
     for shard in range(plan.spec.num_shards):
         builder, sums = ShardBuilder(codec, plan.fingerprint, shard), ShardSums()
         for row, index in enumerate(plan.spec.rows(shard)):
             sequence, targets = a_row(plan, index)
-            frames = codec.encode(targets)
+            frames = codec.encode(targets, sequence.contexts)
             builder.add_frames(sequence, frames)
             sums.add(row, sequence, targets)
-            sums.add_error(row, targets, codec, frames)
+            sums.add_error(row, sequence, targets, codec, frames)
         total = sums.total(num_rows=len(plan.spec.rows(shard)), num_skipped=0, num_truncated=0, num_split=0)
         data = memoryview(builder.finish())
         commit_shard(store, plan, shard, data, total, worker="golden", seconds=1.0, head_digest=head_digest)
@@ -102,7 +107,15 @@ def main() -> None:
     """Make them all anew."""
     shutil.rmtree(GOLDEN, ignore_errors=True)
     for name, changes in CASES.items():
-        make_cache(GOLDEN / name, make_plan(corpus__num_rows=5, corpus__packing=True, **changes))
+        plan = make_plan(corpus__num_rows=5, corpus__packing=True, **changes)
+        make_cache(GOLDEN / name, plan)
+        if name in WITH_TABLES:
+            pilot = [(sequence.contexts, targets) for sequence, targets in (a_row(plan, index) for index in range(40))]
+            tables = IdTables.count(pilot, plan.spec.teacher.vocab_size, num_contexts=20, list_length=8)
+            changed = changes | {"codec__id_tables": digest(tables.to_bytes())}
+            make_cache(
+                GOLDEN / f"{name}-id-tables", make_plan(corpus__num_rows=5, corpus__packing=True, **changed), tables
+            )
 
 
 if __name__ == "__main__":

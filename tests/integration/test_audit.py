@@ -63,7 +63,7 @@ def test_a_cache_of_other_targets_does_not(caches, tmp_path):
         reader, builder = old.open_shard(shard), ShardBuilder(old.codec, plan.fingerprint, shard)
         for row in range(len(reader)):
             sequence = reader.sequence(row)
-            said = reader.targets(row, int(sequence.target_mask.sum())).expand(old.temperatures)
+            said = reader.targets(row, sequence).expand(old.temperatures)
             flat = said.logprobs * np.float32(0.5)
             fields = {name: getattr(said, name) for name in SparseTargets.__slots__}
             builder.add(sequence, SparseTargets(**fields | {"logprobs": flat}))

@@ -129,7 +129,7 @@ def rewrite(cache, folder, change):
         shard, builder = reader.open_shard(position), ShardBuilder(reader.codec, plan.fingerprint, commit.shard)
         for row in range(len(shard)):
             sequence = shard.sequence(row)
-            targets = shard.targets(row, int(sequence.target_mask.sum())).expand(reader.temperatures)
+            targets = shard.targets(row, sequence).expand(reader.temperatures)
             builder.add(*change(sequence, targets))
         commit_shard(store, plan, commit.shard, memoryview(builder.finish()), commit.stats, worker="t", seconds=0.0)
     seal(store)

@@ -242,7 +242,11 @@ def test_the_manifest_does_not_know_who_and_when():
     plan = make_plan()
     ours = derive_manifest(plan, [commit(s) for s in range(4)])
     theirs = derive_manifest(
-        plan, [commit(s, worker="other", finished_at="2026-01-01T00:00:00+00:00", seconds=9.0, batch_splits=2) for s in range(4)]
+        plan,
+        [
+            commit(s, worker="other", finished_at="2026-01-01T00:00:00+00:00", seconds=9.0, batch_splits=2)
+            for s in range(4)
+        ],
     )
     assert to_json(ours) == to_json(theirs)
 

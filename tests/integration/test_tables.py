@@ -1,0 +1,137 @@
+"""Id tables from the pilot to the student: they cost nothing but a little of the teacher's time."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from kdcache.cache.garbage import collect_garbage
+from kdcache.cache.reader import open_cache
+from kdcache.cache.store import LocalStore
+from kdcache.cache.transcode import TranscodeOptions, transcode
+from kdcache.cache.verify import repair, verify_cache
+from kdcache.dump import pilot
+from kdcache.dump.launch import dump
+from kdcache.dump.options import DumpOptions
+from kdcache.errors import CacheCorruptError, CacheMismatchError
+from tests.abuse.crashes import contents
+from tests.reference_reader import read_cache
+
+
+@pytest.fixture
+def options(tiny_teacher, corpus_file):
+    return {"teacher": tiny_teacher, "dataset": corpus_file, "seq_len": 64, "top_k": 8, "threads": 1, "batch_tokens": 256,
+            "shard_positions": 300, "device": "cpu"}  # fmt: skip
+
+
+def run(options, folder, **changes):
+    return dump(DumpOptions(**options, output=str(folder), **changes))
+
+
+@pytest.mark.parametrize("kind", ["global", "context"])
+@pytest.mark.parametrize("scheme", [{}, {"targets": "hybrid", "num_draws": 6}])
+def test_targets_are_the_same(options, tmp_path, kind, scheme):
+    run(options, tmp_path / "plain", **scheme)
+    run(options, tmp_path / "tables", id_tables=kind, **scheme)
+    plain, tables = open_cache(tmp_path / "plain"), open_cache(tmp_path / "tables")
+    assert tables.spec.codec.id_tables
+    assert (len(tables.codec.id_tables.contexts) > 0) == (kind == "context")
+    for a, b, c in zip(plain, tables, read_cache(tmp_path / "tables"), strict=True):
+        assert (a.targets.token_ids == b.targets.token_ids).all()
+        assert (c["token_ids"] == b.targets.token_ids).all()
+        np.testing.assert_allclose(a.targets.logprobs, b.targets.logprobs, atol=1e-5)
+        np.testing.assert_allclose(c["logprobs"], b.targets.logprobs, atol=1e-5)
+        if scheme:
+            assert (a.targets.counts == b.targets.counts).all()
+    assert verify_cache(LocalStore(tmp_path / "tables")).intact
+
+
+def test_a_small_corpus_has_none_unless_asked(options, tmp_path, monkeypatch):
+    run(options, tmp_path / "small")
+    assert open_cache(tmp_path / "small").spec.codec.id_tables is None
+    monkeypatch.setattr(pilot, "WORTH_ORDER", 1000)
+    run(options, tmp_path / "larger")
+    assert len(open_cache(tmp_path / "larger").codec.id_tables.contexts) == 0
+    monkeypatch.setattr(pilot, "WORTH_CONTEXTS", 2000)
+    run(options, tmp_path / "large")
+    assert len(open_cache(tmp_path / "large").codec.id_tables.contexts) > 0
+    run(options, tmp_path / "exact", codec="exact")
+    assert open_cache(tmp_path / "exact").spec.codec.id_tables is None
+
+
+def test_a_resume_keeps_the_tables(options, tmp_path):
+    """Whether it says so again or not; and an interrupted dump ends in the same bytes."""
+    run(options, tmp_path / "whole", id_tables="context")
+    reference = contents(tmp_path / "whole")
+    for name, again in (("same", {"id_tables": "context"}), ("auto", {})):
+        cache = tmp_path / name
+        shutil.copytree(tmp_path / "whole", cache)
+        for shard in ("00001", "00003"):
+            (cache / "commits" / f"{shard}.json").unlink()
+        (cache / "manifest.json").unlink()
+        run(options, cache, **again)
+        assert contents(cache) == reference
+        assert run(options, cache, **again).already_done
+    with pytest.raises(CacheMismatchError, match=r"codec\.id_tables"):
+        run(options, tmp_path / "whole", id_tables="none")
+
+
+def test_a_cache_begun_without_tables_gets_none(options, tmp_path):
+    run(options, tmp_path / "c")
+    (tmp_path / "c" / "manifest.json").unlink()
+    with pytest.raises(CacheMismatchError, match="begun without id tables"):
+        run(options, tmp_path / "c", id_tables="global")
+
+
+@pytest.mark.parametrize("damage", [os.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\0")])
+def test_lost_tables_are_found_and_counted_anew(options, tmp_path, damage):
+    """The whole cache hangs on them; the same pilot makes the same bytes."""
+    cache, store = tmp_path / "c", LocalStore(tmp_path / "c")
+    run(options, cache, id_tables="context")
+    reference = contents(cache)
+    (tables,) = (cache / "tables").iterdir()
+    damage(tables)
+    with pytest.raises(CacheCorruptError, match="id tables"):
+        open_cache(cache)
+    audit = verify_cache(store)
+    assert not audit.intact
+    assert "id tables" in audit.problems[0]
+    assert repair(store, audit) == []
+    run(options, cache, id_tables="context")
+    assert contents(cache) == reference
+
+
+def test_garbage_is_not_what_the_plan_names(options, tmp_path):
+    run(options, tmp_path / "c", id_tables="global")
+    (tmp_path / "c" / "tables" / f"{'0' * 32}.safetensors").write_bytes(b"lost a race")
+    assert collect_garbage(LocalStore(tmp_path / "c"))[0] == [f"tables/{'0' * 32}.safetensors"]
+    assert verify_cache(LocalStore(tmp_path / "c")).intact
+
+
+def test_transcoding_takes_the_tables_along(options, tmp_path):
+    run(options, tmp_path / "c", id_tables="context")
+    transcode(TranscodeOptions(cache=str(tmp_path / "c"), output=str(tmp_path / "fewer"), top_k=4))
+    old, new = open_cache(tmp_path / "c"), open_cache(tmp_path / "fewer")
+    assert new.spec.codec.id_tables == old.spec.codec.id_tables
+    for a, b in zip(old, new, strict=True):
+        assert len(b.targets.token_ids) == 4 * len(b.targets)
+        assert set(b.targets.token_ids[:4]) <= set(a.targets.token_ids[:8])
+
+
+def test_a_student_learns_the_same(options, tmp_path, tiny_student, monkeypatch):
+    from kdcache.train import stream
+    from kdcache.train.options import TrainOptions
+    from kdcache.train.run import train
+
+    monkeypatch.setattr(stream, "epoch_order", lambda num_sequences, *key: np.arange(num_sequences))
+    run(options, tmp_path / "plain")
+    run(options, tmp_path / "tables", id_tables="context")
+    for name in ("plain", "tables"):
+        train(TrainOptions(cache=str(tmp_path / name), student=tiny_student, output=str(tmp_path / f"{name}-student"),
+                           max_steps=3, per_device_train_batch_size=4, logging_steps=1))  # fmt: skip
+    logs = [(tmp_path / f"{name}-student" / "metrics.jsonl").read_text().splitlines() for name in ("plain", "tables")]
+    losses = [[json.loads(line)["loss"] for line in log if "loss" in json.loads(line)] for log in logs]
+    assert len(losses[0]) >= 3
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
