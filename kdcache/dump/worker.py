@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from kdcache.cache.codec import Codec
 from kdcache.cache.commit import Lease, claim_first, commit_shard, committed_shards, load_codec
 from kdcache.cache.manifest import Plan
 from kdcache.cache.shard import ShardBuilder, sequence_id
@@ -69,6 +70,7 @@ class Worker:
     should_stop: Callable[[], bool] = lambda: False
     on_progress: Callable[[int, float], None] = lambda positions, fraction: None
     on_committed: Callable[[], None] = lambda: None
+    _codec: Codec | None = None
     _leases: list[Lease] = field(default_factory=list)
     _pending: Future[None] | None = None
     _executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "kdcache-writer"))
@@ -88,10 +90,11 @@ class Worker:
                 if lease is None:
                     if not self._drain():  # what is left is in other hands, not in our own writer's
                         time.sleep(POLL_SECONDS)
-                elif lease.shard in committed_shards(self.store):
-                    lease.release()
+                    continue
+                self._leases.append(lease)
+                if lease.shard in committed_shards(self.store):
+                    self._release(lease)
                 else:
-                    self._leases.append(lease)
                     self.dump_shard(lease)
             self._drain()
         finally:
@@ -108,7 +111,7 @@ class Worker:
         sequences = make_sequences(rows, spec.corpus, self.tokenizer, counts)
         frames: dict[int, dict[str, bytes]] = {}
         stats = ShardSums()
-        codec = load_codec(self.store, spec)
+        codec = self._codec = self._codec or load_codec(self.store, spec)
 
         def encode(indices: Sequence[int], batch: list[SparseTargets]) -> None:
             for index, targets in zip(indices, batch, strict=True):
@@ -132,8 +135,7 @@ class Worker:
                 worker=f"{hostname()}:{os.getpid()}", seconds=time.monotonic() - started,
                 batch_splits=self.engine.num_splits - splits_before, head_digest=self.head_digest,
             )  # fmt: skip
-            lease.release()
-            self._leases.remove(lease)
+            self._release(lease)
             self.on_committed()
 
         batches = plan_batches([len(sequence) for sequence in sequences], spec.compute.batch_tokens)
@@ -153,6 +155,10 @@ class Worker:
         todo = [shard for shard in range(self.plan.spec.num_shards) if shard not in done]
         first = int(self.offset * len(todo))
         return todo[first:] + todo[:first]
+
+    def _release(self, lease: Lease) -> None:
+        lease.release()
+        self._leases.remove(lease)
 
     def _submit(self, job: Callable[[], None]) -> None:
         self._drain()
