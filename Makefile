@@ -50,6 +50,7 @@ bench: setup
 	$(PY) benchmarks/bench_loss.py
 	$(PY) benchmarks/bench_train_step.py
 	$(PY) benchmarks/bench_codec.py
+	$(PY) benchmarks/bench_reader.py
 
 prove: prove-crash prove-corruption prove-hostile prove-faults prove-writers prove-outage prove-gradients prove-online-offline prove-controls prove-estimators prove-families prove-cost \
 	prove-students prove-defaults

@@ -25,9 +25,11 @@ from kdcache.cache.codec import Codec
 from kdcache.cache.quality import QUALITIES
 from kdcache.cache.reader import open_cache
 from kdcache.cache.shard import ShardBuilder
+from kdcache.cache.tables import IdTables
 from kdcache.dump.launch import dump
 from kdcache.dump.options import DumpOptions
-from kdcache.targets import SparseTargets, TokenSequence, kl_of_stored
+from kdcache.dump.pilot import LIST_LENGTH, NUM_CONTEXTS
+from kdcache.targets import SparseTargets, TokenSequence, keep_most_probable, kl_of_stored
 
 SCHEMES = {
     "top_k 64": {"top_k": 64},
@@ -66,19 +68,29 @@ def ours(rows: Rows, codec: Codec, rounds: int) -> list[str]:
     for sequence, targets in rows:
         builder.add(sequence, targets)
     num_positions = sum(len(sequence) for sequence, _ in rows)
-    encoded = [(codec.encode(targets), len(targets)) for _, targets in rows]
-    stored = [(s, codec.decode(frames, n, "x").expand(codec.temperatures)) for (s, _), (frames, n) in zip(rows, encoded, strict=True)]  # fmt: skip
-    pairs = [(a, b) for (_, a), (_, b) in zip(rows, stored, strict=True)]
+    asked = [(targets, sequence.contexts) for sequence, targets in rows]
+    encoded = [(codec.encode(targets, contexts), contexts) for targets, contexts in asked]
+    stored = [codec.decode(frames, len(c), "x", c).expand(codec.temperatures) for frames, c in encoded]
+    pairs = [(a, b) for (_, a), b in zip(rows, stored, strict=True)]
     assert all((a.token_ids == b.token_ids).all() for a, b in pairs)
     assert all(a.counts is None or (a.counts == b.counts).all() for a, b in pairs)
     kl = [np.concatenate([kl_of_stored(a, b, t) for a, b in pairs]).mean() for t in codec.temperatures[:2]]
     kept = np.mean([top_1_kept(a, b) for a, b in pairs])
-    encode = best_of(rounds, lambda: [codec.encode(targets) for _, targets in rows])
-    decode = best_of(rounds, lambda: [codec.decode(frames, n, "x") for frames, n in encoded])
+    encode = best_of(rounds, lambda: [codec.encode(targets, contexts) for targets, contexts in asked])
+    decode = best_of(rounds, lambda: [codec.decode(frames, len(c), "x", c) for frames, c in encoded])
     return [
         f"{len(builder.finish()) / num_positions:.1f}", " / ".join(f"{x:.1e}" for x in kl), f"{kept:.2%}",
         f"{num_positions / encode / 1e6:.2f}", f"{num_positions / decode / 1e6:.2f}",
     ]  # fmt: skip
+
+
+def count_tables(pilot: Rows, k: int, vocab_size: int) -> dict[str, IdTables]:
+    """Tables as a dump would count them, from the ``k`` most probable entries of other documents."""
+    counted = [(sequence.contexts, keep_most_probable(targets, k)) for sequence, targets in pilot]
+    return {
+        kind: IdTables.count(counted, vocab_size, num_contexts, LIST_LENGTH)
+        for kind, num_contexts in (("by rank", 0), ("by the token before", NUM_CONTEXTS))
+    }
 
 
 def theirs(rows: Rows, peer: Peer, k: int, rounds: int) -> list[str]:
@@ -110,21 +122,36 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, help="of the teacher")
+    parser.add_argument("--pilot", help="an exact top_k 128 cache of other documents, for the id tables")
+    parser.add_argument("--pilot-split", default="train[20:60]", help="makes one where there is none")
     args = parser.parse_args()
     header = ["targets", "stored as", "bytes/token", "KL at T = 1 / 2", "top-1 kept", "encode, M positions/s", "decode"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     with tempfile.TemporaryDirectory() as folder:
+        common = {"teacher": args.teacher, "dataset": args.dataset, "seq_len": args.seq_len, "dtype": "bfloat16",
+                  "codec": "exact", "threads": args.threads}  # fmt: skip
+        if args.pilot is None:
+            made = {"split": args.pilot_split, "top_k": 128, "output": f"{folder}/pilot"}
+            dump(DumpOptions.model_validate(common | made))
+        pilot_cache = open_cache(args.pilot or f"{folder}/pilot")
+        pilot = [(row.sequence, row.targets) for row in pilot_cache]
+        tables: dict[int, dict[str, IdTables]] = {}
         for name, options in SCHEMES.items():
             path = f"{folder}/{name.replace(' ', '')}"
-            dump(DumpOptions.model_validate({
-                "teacher": args.teacher, "dataset": args.dataset, "split": args.split, "seq_len": args.seq_len,
-                "dtype": "bfloat16", "codec": "exact", "threads": args.threads, "output": path, **options}))  # fmt: skip
+            dump(DumpOptions.model_validate(common | {"split": args.split, "output": path, **options}))
             cache = open_cache(path)
             rows = [(cache[i].sequence, cache[i].targets) for i in range(len(cache))]
             for quality in QUALITIES:
                 levels = QUALITIES[quality].for_entries(cache.codec.max_entries).levels
                 cells = ours(rows, replace(cache.codec, name="packed", levels=levels), args.rounds)
                 lines.append("| " + " | ".join([name, f"kdcache, {quality}", *cells]) + " |")
+            k = 128 if options.get("top_k") == 128 else 64
+            if k not in tables:
+                tables = {k: count_tables(pilot, k, cache.vocab_size)}
+            for kind, counted in tables[k].items():
+                levels = QUALITIES["standard"].for_entries(cache.codec.max_entries).levels
+                cells = ours(rows, replace(cache.codec, name="packed", levels=levels, id_tables=counted), args.rounds)
+                lines.append("| " + " | ".join([name, f"kdcache, standard, ids {kind}", *cells]) + " |")
             for peer in PEERS if name.startswith("top_k") else ():
                 cells = theirs(rows, PEERS[peer], options["top_k"], args.rounds)
                 lines.append("| " + " | ".join([name, peer, *cells]) + " |")
@@ -135,7 +162,9 @@ def main() -> None:
             print(*lines[-10:], sep="\n", file=sys.stderr)
     results_file.write_text(
         "bench_codec", "The codec: bytes, error and speed, beside others",
-        f"SmolLM2-135M-Instruct on {args.dataset} {args.split}, sequences of {args.seq_len}; one thread; best of {args.rounds}.\n\n" + "\n".join(lines) + "\n",
+        f"SmolLM2-135M-Instruct on {args.dataset} {args.split}, sequences of {args.seq_len}; one thread; best of {args.rounds}. "
+        f"Id tables counted on {pilot_cache.manifest.stats.num_positions:,} positions of other documents (the 64 most probable, 128 for "
+        f"top_k 128); they are not part of the bytes: {len(counted.to_bytes()):,} bytes once a cache.\n\n" + "\n".join(lines) + "\n",
     )  # fmt: skip
 
 

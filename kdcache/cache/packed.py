@@ -137,18 +137,31 @@ class ColumnOrder:
         return out
 
     def ids_from_gaps(
-        self, gaps: npt.NDArray[np.int32] | npt.NDArray[np.int64], num_entries: UIntArray
+        self, gaps: npt.NDArray[np.uint16] | npt.NDArray[np.int64], num_entries: UIntArray
     ) -> npt.NDArray[np.int64]:
         """Undo :func:`id_gaps`, from gaps in the order of the columns to ids in the order of the targets."""
         if self.is_rectangle:
-            steps = gaps.reshape(max(self._k, 1), -1) + 1
+            rectangle = gaps.reshape(max(self._k, 1), -1)
             wide = np.int64 if gaps.dtype == np.int64 or self._k > 1 << 14 else np.int32
-            return np.asarray((np.cumsum(steps, axis=0, dtype=wide) - 1).T.ravel())
-        running = np.cumsum(self.to_rows(gaps) + 1, dtype=np.int64)
+            return np.asarray(_running_sums(rectangle, wide).T.ravel())
+        running = np.cumsum(self.to_rows(gaps).astype(np.int64) + 1)
         counts = num_entries[num_entries > 0].astype(np.int64)
         ends = np.cumsum(counts) - 1
         before = np.concatenate([[0], running[ends[:-1]]]) if len(ends) else ends
         return np.asarray(running - np.repeat(before, counts) - 1)
+
+
+def _running_sums(rectangle: npt.NDArray[Any], wide: type[np.int32] | type[np.int64]) -> npt.NDArray[Any]:
+    """``cumsum(rectangle + 1, axis=0) - 1``, row upon row: numpy's own takes a column at a time."""
+    num_rows, width = rectangle.shape
+    if width < num_rows:
+        return np.asarray(np.cumsum(rectangle.astype(wide) + 1, axis=0, dtype=wide) - 1)
+    out: npt.NDArray[Any] = np.empty((num_rows, width), dtype=wide)
+    out[0] = rectangle[0]
+    for row in range(1, num_rows):
+        np.add(out[row - 1], rectangle[row], out=out[row])
+    out += np.arange(num_rows, dtype=wide)[:, None]
+    return out
 
 
 def id_gaps(targets: SparseTargets) -> npt.NDArray[np.int64]:
@@ -174,18 +187,18 @@ def encode_gaps(gaps: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint8], npt
 
 def decode_gaps(
     symbols: npt.NDArray[np.uint8], low: npt.NDArray[np.uint8], escapes: UIntArray
-) -> npt.NDArray[np.int32] | npt.NDArray[np.int64]:
-    """Undo :func:`encode_gaps`; int64 where something escapes, else int32."""
-    gaps = symbols.astype(np.int32)
-    gaps += 255 * np.maximum(gaps - GAP_SMALL, 0)
-    low_bytes = np.zeros(len(symbols), dtype=np.uint8)
+) -> npt.NDArray[np.uint16] | npt.NDArray[np.int64]:
+    """Undo :func:`encode_gaps`; int64 where something escapes, else uint16."""
+    gaps: npt.NDArray[np.uint16] = np.multiply(
+        np.maximum(symbols, GAP_SMALL) - np.uint8(GAP_SMALL), 255, dtype=np.uint16
+    )
+    gaps += symbols
     if not len(escapes):
-        low_bytes[symbols >= GAP_SMALL] = low
-        gaps += low_bytes
+        gaps[np.flatnonzero(symbols >= GAP_SMALL)] += low
         return gaps
     escaped = symbols == GAP_ESCAPE
-    low_bytes[(symbols >= GAP_SMALL) & ~escaped] = low
-    wide = gaps.astype(np.int64) + low_bytes
+    wide = gaps.astype(np.int64)
+    wide[(symbols >= GAP_SMALL) & ~escaped] += low
     wide[escaped] = escapes
     return wide
 

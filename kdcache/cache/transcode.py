@@ -1,9 +1,9 @@
-"""One cache made from another: fewer entries, fewer temperatures, another codec or quality. Never the teacher.
+"""One cache made from another: fewer entries, fewer temperatures, another codec or quality, another store. Never the teacher.
 
 A shard of the new cache is a function of the same shard of the old one, so everything that a dump promises holds here: it is
 planned first, committed shard by shard, taken up again where it was stopped, and several processes may work at it. The plan
 names the old cache by its fingerprint (``transcoded_from``): targets that went through a lossy codec are told apart from
-those that came from the teacher.
+those that came from the teacher. Where nothing is to change, the cache is copied byte for byte, perhaps to another store.
 
 **Refused**: what the old cache cannot give. More entries, undeclared temperatures, a finer quality than it has, other draws.
 """
@@ -22,6 +22,7 @@ from kdcache.cache.commit import (
     check_is_ours,
     check_writers,
     claim_first,
+    commit_name,
     commit_shard,
     committed_shards,
     load_codec,
@@ -29,17 +30,18 @@ from kdcache.cache.commit import (
     read_commit,
     read_plan,
     seal,
+    shard_name,
     table_name,
     write_run,
 )
-from kdcache.cache.manifest import Manifest, Plan
+from kdcache.cache.manifest import Manifest, Plan, to_json
 from kdcache.cache.quality import describe_codec
 from kdcache.cache.reader import CacheReader
-from kdcache.cache.shard import ShardBuilder
+from kdcache.cache.shard import ShardBuilder, digest
 from kdcache.cache.store import Store, hostname, open_store
-from kdcache.cache.sums import ShardSums, warn_about_error
+from kdcache.cache.sums import SHARD_FACTOR, ShardSums, warn_about_error
 from kdcache.config import Options, Temperatures
-from kdcache.errors import ConfigError
+from kdcache.errors import CacheCorruptError, ConfigError
 from kdcache.progress import Progress
 from kdcache.specs import DRAWN, CodecSpec, TargetSpec
 from kdcache.targets import SparseTargets, check_alignment, keep_most_probable, keep_temperatures, temperature_index
@@ -75,9 +77,12 @@ def transcode(options: TranscodeOptions) -> Manifest:
         raise ConfigError(f"--output {store} is the cache itself", hint="name another folder")
     check_is_ours(store)
     check_writers(store, 1)
-    planned = plan_of(source, options)
+    asked = options.model_dump(exclude_none=True, exclude={"cache", "output"})
+    planned = plan_of(source, options) if asked else read_plan(source.store)
     if (tables := planned.spec.codec.id_tables) is not None:
         store.put_if_absent(table_name(tables), source.store.read(table_name(tables)))
+    if (head := source.manifest.head_digest) is not None:
+        store.put_if_absent(table_name(head), source.head_bytes())
     plan = publish_plan(store, planned)
     write_run(store, "transcode", options, "cpu")
     done, total = len(committed_shards(store)), plan.spec.num_shards
@@ -90,8 +95,10 @@ def transcode(options: TranscodeOptions) -> Manifest:
                 continue
             with lease:
                 if lease.shard not in committed_shards(store):
-                    _transcode_shard(source, store, plan, lease)
-    return seal(store)
+                    (_transcode_shard if asked else _copy_shard)(source, store, plan, lease)
+    manifest = seal(store)
+    warn_about_error(manifest.stats, manifest.spec.codec.max_kl, str(store))
+    return manifest
 
 
 def plan_of(source: CacheReader, options: TranscodeOptions) -> Plan:
@@ -104,7 +111,7 @@ def plan_of(source: CacheReader, options: TranscodeOptions) -> Plan:
     if old.targets.scheme == "hidden":
         raise ConfigError(
             f"{source.store} holds hidden states, which are stored as they are",
-            hint="transcode takes caches of entries; a hidden cache is read at any temperature as it stands",
+            hint="without options it is copied, also to another store; it is read at any temperature as it stands",
         )
     targets = _fewer(old.targets, options)
     codec = _codec(old.codec, targets, options)
@@ -168,11 +175,26 @@ def _transcode_shard(source: CacheReader, store: Store, plan: Plan, lease: Lease
         num_rows=before.num_rows, num_skipped=before.num_rows_skipped, num_truncated=before.num_rows_truncated,
         num_split=before.num_rows_split,
     )  # fmt: skip
-    warn_about_error(total, plan.spec.codec.max_kl, shard)
+    warn_about_error(total, plan.spec.codec.max_kl, f"shard {shard:05d}", factor=SHARD_FACTOR)
     commit_shard(
         store, plan, shard, memoryview(builder.finish()), total,
         worker=f"{hostname()}:{os.getpid()}", seconds=time.monotonic() - started,
     )  # fmt: skip
+
+
+def _copy_shard(source: CacheReader, store: Store, plan: Plan, lease: Lease) -> None:
+    """The very bytes, once their digest holds, and the very commit."""
+    commit = read_commit(source.store, lease.shard)
+    name = shard_name(lease.shard, commit.digest)
+    data = source.store.read(name)
+    if digest(data) != commit.digest:
+        raise CacheCorruptError(
+            f"{source.store}, shard {lease.shard:05d}: digest {commit.digest} was committed, the bytes have {digest(data)}",
+            hint=f"kdcache verify {source.store} --repair",
+        )
+    if not store.put_if_absent(name, data) and digest(store.read(name)) != commit.digest:
+        store.replace(name, data)
+    store.put_if_absent(commit_name(lease.shard), to_json(commit))
 
 
 def change(targets: SparseTargets, spec: TargetSpec) -> SparseTargets:

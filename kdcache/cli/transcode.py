@@ -17,6 +17,7 @@ from kdcache.config import resolve_options
 def command(config: str | None, **flags: Any) -> None:
     """Make a smaller cache from a cache: fewer entries or temperatures, another codec or quality. The teacher is not needed.
 
+    Without any of these it is copied byte for byte, to another folder or to an object store.
     Run the same command again after a crash, or several times at once: it goes on.
     """
     options = resolve_options(TranscodeOptions, "transcode", given(flags), config)

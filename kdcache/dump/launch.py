@@ -22,6 +22,7 @@ from kdcache.cache.commit import check_writers, committed_shards, read_plan, sea
 from kdcache.cache.manifest import Manifest, Plan
 from kdcache.cache.shard import digest
 from kdcache.cache.store import Store, open_store
+from kdcache.cache.sums import warn_about_error
 from kdcache.corpus import load_rows
 from kdcache.dump.options import DumpOptions
 from kdcache.dump.plan import finished_before, make_plan, warn_about_versions
@@ -90,7 +91,10 @@ def dump(options: DumpOptions) -> DumpResult:
         else:
             loaded.clear()  # the teacher's memory is for the workers
             stopped = _run_processes(store, options, plan, num_done)
-    return DumpResult(seal(store), stopped=stopped)
+    manifest = seal(store)
+    if manifest.sealed and rank == 0:
+        warn_about_error(manifest.stats, manifest.spec.codec.max_kl, str(store))
+    return DumpResult(manifest, stopped=stopped)
 
 
 def local_device(options: DumpOptions, plan: Plan, rank: int) -> str:

@@ -22,7 +22,7 @@ from kdcache.cache.commit import Lease, claim_first, commit_shard, committed_sha
 from kdcache.cache.manifest import Plan
 from kdcache.cache.shard import ShardBuilder, sequence_id
 from kdcache.cache.store import Store, hostname
-from kdcache.cache.sums import ShardSums, warn_about_error
+from kdcache.cache.sums import SHARD_FACTOR, ShardSums, warn_about_error
 from kdcache.corpus import CorpusCounts, make_sequences
 from kdcache.errors import KDCacheError, TeacherOutputError
 from kdcache.targets import SparseTargets, TokenSequence, check_alignment
@@ -129,7 +129,7 @@ class Worker:
                 num_rows=counts.num_rows, num_skipped=counts.num_skipped, num_truncated=counts.num_truncated,
                 num_split=counts.num_split,
             )  # fmt: skip
-            warn_about_error(total, spec.codec.max_kl, shard)
+            warn_about_error(total, spec.codec.max_kl, f"shard {shard:05d}", factor=SHARD_FACTOR)
             commit_shard(
                 self.store, self.plan, shard, memoryview(builder.finish()), total,
                 worker=f"{hostname()}:{os.getpid()}", seconds=time.monotonic() - started,

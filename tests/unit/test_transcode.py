@@ -1,5 +1,7 @@
 """A cache made from a cache holds what a dump with those settings would have, and can be stopped anywhere."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -10,7 +12,7 @@ from kdcache.cache.store import LocalStore
 from kdcache.cache.transcode import TranscodeOptions, plan_of, transcode
 from kdcache.cache.verify import verify_cache
 from kdcache.cli import main
-from kdcache.errors import CacheIncompleteError, CacheMismatchError, ConfigError
+from kdcache.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, ConfigError
 from kdcache.targets import keep_entries, keep_most_probable, keep_temperatures
 from tests.strategies import all_files, make_plan, make_row, put_shard, targets_from_logits, write_cache, zipf_logits
 
@@ -169,3 +171,26 @@ def test_the_command(source, tmp_path):
     assert kdcache("transcode", "--cache", source).exit_code == 1
     wrong = kdcache("transcode", "--cache", source, "--output", tmp_path / "y", "--temperatures", "1,x")
     assert wrong.exit_code == 1 and "numbers separated by commas" in wrong.output
+
+
+def test_without_options_it_is_a_copy(tmp_path, source):
+    """Byte for byte, plan and commits too."""
+    changed(source, tmp_path, "copy")
+    after = all_files(tmp_path / "copy")
+    assert {name: data for name, data in after.items() if not name.startswith("runs/")} == all_files(source.root)
+
+
+def test_a_hidden_cache_is_copied_with_its_head(tmp_path):
+    golden = Path(__file__).parents[1] / "golden" / "version-1" / "hidden"
+    copy = changed(LocalStore(golden), tmp_path, "copy")
+    assert copy.head_bytes() == open_cache(golden).head_bytes()
+    assert verify_cache(copy.store).intact
+
+
+def test_a_damaged_shard_is_not_copied(tmp_path, source):
+    shard = sorted((source.root / "shards").iterdir())[1]
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(CacheCorruptError, match="shard 00001"):
+        changed(source, tmp_path, "copy")
