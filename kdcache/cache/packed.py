@@ -164,17 +164,22 @@ def _running_sums(rectangle: npt.NDArray[Any], wide: type[np.int32] | type[np.in
     return out
 
 
-def id_gaps(targets: SparseTargets) -> npt.NDArray[np.int64]:
+def id_gaps(targets: SparseTargets) -> npt.NDArray[np.int32] | npt.NDArray[np.int64]:
     """``id - previous id - 1`` inside a position; the first entry of a position counts from -1."""
-    ids = targets.token_ids.astype(np.int64)
-    gaps = np.diff(ids, prepend=-1) - 1
+    small = int(targets.token_ids.max(initial=0)) < 1 << 31
+    ids: npt.NDArray[Any] = targets.token_ids.astype(np.int32 if small else np.int64)
+    gaps = np.empty_like(ids)
+    np.subtract(ids[1:], ids[:-1], out=gaps[1:])
+    gaps -= 1
     starts = targets.offsets[:-1][targets.num_entries > 0]
     gaps[starts] = ids[starts]
-    assert (gaps >= 0).all(), "token ids ascend inside a position"
+    assert not len(gaps) or int(gaps.min()) >= 0, "token ids ascend inside a position"
     return gaps
 
 
-def encode_gaps(gaps: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8], UIntArray]:
+def encode_gaps(
+    gaps: npt.NDArray[np.int32] | npt.NDArray[np.int64],
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8], UIntArray]:
     """A symbol for each gap, the low bytes of those that take two, and those that escape."""
     large = np.flatnonzero(gaps >= GAP_SMALL)
     rest = gaps[large] - GAP_SMALL
