@@ -162,7 +162,7 @@ def main() -> None:
             print(*lines[-10:], sep="\n", file=sys.stderr)
     results_file.write_text(
         "bench_codec", "The codec: bytes, error and speed, beside others",
-        f"SmolLM2-135M-Instruct on {args.dataset} {args.split}, sequences of {args.seq_len}; one thread; best of {args.rounds}. "
+        f"SmolLM2-135M-Instruct on {results_file.spelled(args.dataset)} {args.split}, sequences of {args.seq_len}; one thread; best of {args.rounds}. "
         f"Id tables counted on {pilot_cache.manifest.stats.num_positions:,} positions of other documents (the 64 most probable, 128 for "
         f"top_k 128); they are not part of the bytes: {len(counted.to_bytes()):,} bytes once a cache.\n\n" + "\n".join(lines) + "\n",
     )  # fmt: skip

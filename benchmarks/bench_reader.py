@@ -227,7 +227,7 @@ def main() -> None:
         table = rates(args, root)
         gc.collect()
         facts = ["| | |", "|---|---|", *opening(root, args.rounds), *memory(root)]
-    about = f"SmolLM2-135M-Instruct on {args.dataset} {args.split}, top_k {K}, sequences of 1024; one thread; best of {args.rounds}.\n\n"
+    about = f"SmolLM2-135M-Instruct on {results_file.spelled(args.dataset)} {args.split}, top_k {K}, sequences of 1024; one thread; best of {args.rounds}.\n\n"
     text = about + "\n".join(table) + "\n\n" + "\n".join(facts) + "\n"
     results_file.write_text("bench_reader", "Reading a cache, beside others", text)
 

@@ -11,15 +11,19 @@ were written (silently wrong), with the same values, or is killed.
 from __future__ import annotations
 
 import argparse
+import importlib.machinery
 import io
 import os
 import resource
 import shutil
+import subprocess
 import sys
 import tempfile
+import types
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -175,6 +179,53 @@ def other_formats() -> dict[str, tuple[bytes, Callable[[bytes], list[np.ndarray]
     }
 
 
+def mosaicml(folder: Path) -> tuple[bytes, Callable[[bytes], list[np.ndarray]]] | None:
+    """The same targets in MDS, as its defaults write and read it; the package is brought for the occasion. None without it."""
+    packages = ["mosaicml-streaming==0.13.0", "brotli", "python-snappy", "cramjam", "zstd", "catalogue"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--target",
+        str(folder / "lib"),
+        *packages,
+    ]
+    if subprocess.run(command, check=False, capture_output=True).returncode:
+        return None
+    sys.path.insert(0, str(folder / "lib"))
+    import transformers  # before there is a torchvision that is none
+
+    assert transformers.__version__
+    stubs = ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional")
+    for name in stubs:
+        stub: Any = types.ModuleType(name)  # only its vision datasets need it
+        stub.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        stub.__path__, stub.__getattr__ = [], lambda attribute: type(attribute, (), {})
+        sys.modules.setdefault(name, stub)
+    from streaming import LocalDataset, MDSWriter
+
+    for name in stubs:
+        del sys.modules[name]
+    rng, k = np.random.default_rng(0), 8
+    targets = targets_from_logits(zipf_logits(rng, 300, 5000), rng.integers(0, 5000, 300), k)
+    ids, values = targets.token_ids.reshape(-1, k).astype(np.uint16), targets.logprobs.reshape(-1, k).astype(np.float16)
+    out = folder / "mds"
+    with MDSWriter(out=str(out), columns={"ids": "ndarray:uint16", "logprobs": "ndarray:float16"}) as writer:
+        for one in zip(ids, values, strict=True):
+            writer.write(dict(zip(("ids", "logprobs"), one, strict=True)))
+    shard = out / "shard.00000.mds"
+
+    def read(data: bytes) -> list[np.ndarray]:
+        shard.write_bytes(data)
+        rows = LocalDataset(str(out))
+        return [array for i in range(len(rows)) for array in rows[i].values()]
+
+    return shard.read_bytes(), read
+
+
 def their_flips(
     data: bytes, read: Callable[[bytes], list[np.ndarray]], flips: int, rng: np.random.Generator
 ) -> Counter:
@@ -223,11 +274,16 @@ def main() -> None:
         "| others, flips | flips | reading: error | same values | silently wrong | killed |",
         "|---|---|---|---|---|---|",
     ]
-    for name, (data, reader) in other_formats().items():
+    others = other_formats()
+    mds = tempfile.TemporaryDirectory()
+    if (mosaic := mosaicml(Path(mds.name))) is not None:
+        others["MDS (mosaicml-streaming 0.13.0)"] = mosaic
+    for name, (data, reader) in others.items():
         found = their_flips(data, reader, args.flips, rng)
         lines.append(
             f"| {name} | {args.flips:,} | {' | '.join(f'{found[end] / args.flips:.1%}' for end in (ERROR, SAME, WRONG, KILLED))} |"
         )
+    mds.cleanup()
     results_file.write_text("prove_corruption", "S2: flipped bits and lost files", "\n".join(lines) + "\n")
     assert not any(count for (_, noticed), count in verified.items() if not noticed)
     assert not any(count for (_, end), count in read.items() if end in (WRONG, KILLED))

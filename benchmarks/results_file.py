@@ -22,6 +22,11 @@ def write(name: str, title: str, rows: list[tuple[str, object]], notes: str = ""
     return _save(name, title, f"| | |\n|---|---|\n{table}\n\n{notes}")
 
 
+def spelled(dataset: str) -> str:
+    """A dataset's name without the folders of this machine."""
+    return dataset if dataset.startswith("builtin:") else Path(dataset).name
+
+
 def write_text(name: str, title: str, body: str) -> Path:
     """The same for a body that is Markdown already."""
     print(body)
