@@ -21,6 +21,7 @@ from kdcache.dump.launch import dump
 from kdcache.dump.options import DumpOptions
 from tests.abuse.hostile import ATTACKS, campaign
 from tests.conftest import make_llama, texts
+from tests.golden.make import GOLDEN
 from tests.strategies import make_plan, write_cache
 
 OUTCOMES = ("refused", "found by verify", "read", "HARM")
@@ -62,6 +63,7 @@ def main() -> None:
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
         sound = [root / name for name in ("packed", "exact", "systematic", "hybrid", "hidden")]
+        sound += [path for path in sorted(GOLDEN.iterdir()) if path.name.endswith("id-tables")]
         table = campaign(sound, root, number=args.number, seed=args.seed)
     lines = ["| attack | tried | " + " | ".join(OUTCOMES) + " |", "|---" * (2 + len(OUTCOMES)) + "|"]
     for name in ATTACKS:

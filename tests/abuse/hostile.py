@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import zstandard
 
-from kdcache.cache.commit import commit_name, read_commits, read_plan, shard_name
+from kdcache.cache.commit import commit_name, load_codec, read_commits, read_plan, shard_name
 from kdcache.cache.frames import compress
 from kdcache.cache.manifest import Plan, parse, signed_json, to_json
 from kdcache.cache.shard import digest, schema
@@ -58,7 +58,7 @@ def shard_bytes(store: LocalStore, shard: int = 0) -> bytes:
 def forge(store: LocalStore, kind: pa.Schema | None = None, **columns: Any) -> None:
     """Shard 0 with cells of its first row replaced, perhaps under another schema."""
     plan = read_plan(store)
-    kind = kind or schema(plan.spec.make_codec(), plan.fingerprint, 0)
+    kind = kind or schema(load_codec(store, plan.spec), plan.fingerprint, 0)
     rows = pa.ipc.open_file(pa.py_buffer(shard_bytes(store))).get_batch(0).to_pylist()
     rows[0] |= columns
     if kind.names != list(rows[0]) or any(kind.field(name).type == pa.float64() for name in columns):
@@ -71,7 +71,7 @@ def forge(store: LocalStore, kind: pa.Schema | None = None, **columns: Any) -> N
 
 def frame_content(store: LocalStore, rng: np.random.Generator) -> str:
     """Whole frames whose content no writer would have written."""
-    codec = read_plan(store).spec.make_codec()
+    codec = load_codec(store, read_plan(store).spec)
     name = str(rng.choice([*codec.column_names, "input_ids", "loss_mask", "document_starts"]))
     row = pa.ipc.open_file(pa.py_buffer(shard_bytes(store))).get_batch(0).to_pylist()[0]
     content = bytearray(zstandard.ZstdDecompressor().decompress(row[name]))
@@ -97,7 +97,7 @@ def frame_content(store: LocalStore, rng: np.random.Generator) -> str:
 
 def raw_frame(store: LocalStore, rng: np.random.Generator) -> str:
     """Bytes that are no frame, or a frame that lies about its size, or a bomb."""
-    codec = read_plan(store).spec.make_codec()
+    codec = load_codec(store, read_plan(store).spec)
     name = str(rng.choice([*codec.column_names, "input_ids", "loss_mask", "document_starts"]))
     how = str(rng.choice(["random", "empty", "cut", "two", "no size", "bomb", "huge window", "lie"]))
     row = pa.ipc.open_file(pa.py_buffer(shard_bytes(store))).get_batch(0).to_pylist()[0]
@@ -155,7 +155,7 @@ def arrow_cells(store: LocalStore, rng: np.random.Generator) -> str:
     how = str(
         rng.choice(["num_positions", "sequence_id", "content_hash", "column gone", "column more", "other type", "null"])
     )
-    kind = schema(read_plan(store).spec.make_codec(), read_plan(store).fingerprint, 0)
+    kind = schema(load_codec(store, read_plan(store).spec), read_plan(store).fingerprint, 0)
     if how in kind.names:
         top = 2**32 if how == "num_positions" else 2**64
         forge(store, **{how: [0, 1, top - 1, top // 2, int(rng.integers(1, 1000))][int(rng.integers(5))]})
@@ -203,7 +203,7 @@ def _with_fingerprint(store: LocalStore, data: bytes) -> bytes:
     try:
         plan = parse(Plan, data, "plan")
         plan = plan.model_copy(update={"fingerprint": plan.spec.fingerprint})
-        kind = schema(plan.spec.make_codec(), plan.fingerprint, 0)
+        kind = schema(load_codec(store, plan.spec), plan.fingerprint, 0)
     except (CacheError, ValueError, AssertionError, OverflowError, MemoryError):
         return data
     for commit in read_commits(store):
