@@ -93,4 +93,4 @@ class StoreError(CacheError):
 
 
 class StoreUnavailableError(StoreError):
-    """The storage could not be asked, for a minute: nothing is known about what it holds."""
+    """The storage could not be asked, or gave no permission: nothing is known about what it holds."""

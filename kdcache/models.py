@@ -6,6 +6,7 @@ A tokenizer is described by content, :func:`describe_tokenizer`: what it does to
 from __future__ import annotations
 
 import ctypes
+import gc
 import hashlib
 import json
 import os
@@ -297,3 +298,10 @@ def keep_freed_memory() -> None:
     m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
     for parameter, value in ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 512 << 20)):
         mallopt(parameter, value)
+
+
+def free_memory() -> None:
+    """Give the memory of models that nobody holds any more back to the GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -271,7 +271,7 @@ class RemoteStore:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise CacheNotFoundError(f"{self}/{name} does not exist") from error
         except _ANSWERS as error:
-            raise StoreError(f"{self}/{name}: cannot read ({error})", hint=RIGHTS) from error
+            raise StoreUnavailableError(f"{self}/{name}: cannot read ({error})", hint=RIGHTS) from error
 
     @contextlib.contextmanager
     def _writable(self, name: str, *, missing_is_fine: bool = False) -> Iterator[None]:
@@ -285,10 +285,7 @@ class RemoteStore:
                 f"{self}: cannot write {name} ({error})", hint="does the bucket exist? kdcache does not make buckets"
             ) from error
         except _ANSWERS as error:
-            raise StoreError(
-                f"{self}: cannot write {name} ({error})",
-                hint="these credentials need the right to read, list, write and delete",
-            ) from error
+            raise StoreError(f"{self}: cannot write {name} ({error})", hint=RIGHTS) from error
 
 
 def has_file(url: str, num_bytes: int) -> bool:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-from kdcache.errors import CacheNotFoundError, ConfigError, StoreError
+from kdcache.errors import CacheNotFoundError, ConfigError, StoreError, StoreUnavailableError
 
 TEMPORARY = "tmp"
 _TEMPORARY_NAME = re.compile(r"(?P<host>[A-Za-z0-9_.-]+)~(?P<pid>\d+)~[0-9a-f]{32}")
@@ -119,7 +119,7 @@ class LocalStore:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise CacheNotFoundError(f"{self.root / name} does not exist") from error
         except OSError as error:
-            raise StoreError(f"{self.root / name}: cannot read ({error.strerror})") from error
+            raise _unreadable(self.root / name, error) from error
 
     def read_all(self, names: list[str]) -> list[bytes]:
         """Several small files, as :meth:`read`."""
@@ -141,7 +141,7 @@ class LocalStore:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise CacheNotFoundError(f"{self.root / name} does not exist") from error
         except OSError as error:
-            raise StoreError(f"{self.root / name}: cannot read ({error.strerror})") from error
+            raise _unreadable(self.root / name, error) from error
 
     def is_exclusive(self) -> bool:
         """Yes: a file system without hard links is refused at the first file."""
@@ -260,6 +260,13 @@ def is_running(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def _unreadable(path: Path, error: OSError) -> StoreError:
+    """What may not be read, or not now, says nothing about what it holds."""
+    unknown = error.errno in (errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT)
+    kind = StoreUnavailableError if unknown else StoreError
+    return kind(f"{path}: cannot read ({error.strerror})")
 
 
 def _place(act: Callable[[Path, Path], None], temporary: Path, target: Path) -> None:

@@ -16,7 +16,7 @@ from kdcache.progress import format_seconds
 @click.argument("cache", type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(cache: str, as_json: bool) -> None:
-    """How far a dump is: committed, in flight, holes, rate, time left. Reads the folder only, from wherever it is mounted."""
+    """How far a dump is: committed, in flight, holes, rate, time left. Reads the cache only, from wherever its folder is mounted or its URL is known."""
     status = cache_status(open_store(cache))
     click.echo(json.dumps(dataclasses.asdict(status), indent=2) if as_json else as_lines(status))
 

@@ -29,7 +29,7 @@ from kdcache.dump.plan import finished_before, make_plan, warn_about_versions
 from kdcache.errors import CacheIncompleteError, ConfigError, KDCacheError
 from kdcache.heads import check_packing, head_of
 from kdcache.model_files import find_model
-from kdcache.models import keep_freed_memory, load_model, load_tokenizer, parse_dtype
+from kdcache.models import free_memory, keep_freed_memory, load_model, load_tokenizer, parse_dtype
 from kdcache.progress import Progress, launched_rank
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ def dump(options: DumpOptions) -> DumpResult:
             stopped = _run_here(store, options, plan, rows, rank, world_size, num_done, loaded)
         else:
             loaded.clear()  # the teacher's memory is for the workers
+            free_memory()
             stopped = _run_processes(store, options, plan, num_done)
     manifest = seal(store)
     if manifest.sealed and rank == 0:

@@ -7,7 +7,7 @@ import pytest
 
 from kdcache.cache import store as store_module
 from kdcache.cache.store import LocalStore, hostname, is_running
-from kdcache.errors import CacheNotFoundError, StoreError
+from kdcache.errors import CacheNotFoundError, StoreError, StoreUnavailableError
 from tests.strategies import all_files
 
 HEX = "0" * 32
@@ -217,3 +217,18 @@ def test_is_running():
     assert is_running(os.getpid())
     assert not is_running(dead_pid())
     assert not is_running(10**30)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ESTALE])
+def test_what_may_not_be_read_is_not_damaged(store, monkeypatch, code):
+    """`verify --repair` must not take back what nobody could look at."""
+    store.put_if_absent("x", b"abc")
+
+    def refused(*args, **kwargs):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("builtins.open", refused)
+    monkeypatch.setattr(store_module.Path, "read_bytes", refused)
+    for ask in (lambda: store.read("x"), lambda: store.map("x", 3)):
+        with pytest.raises(StoreUnavailableError, match="cannot read"):
+            ask()
