@@ -302,6 +302,8 @@ def keep_freed_memory() -> None:
 
 def free_memory() -> None:
     """Give the memory of models that nobody holds any more back to the GPU."""
+    import torch
+
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -78,6 +78,12 @@ def test_a_resume_keeps_the_tables(options, tmp_path):
         run(options, tmp_path / "whole", id_tables="none")
 
 
+def test_two_workers_end_in_the_same_bytes(options, tmp_path):
+    run(options, tmp_path / "one", id_tables="context")
+    run(options, tmp_path / "two", id_tables="context", workers=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
 def test_a_cache_begun_without_tables_gets_none(options, tmp_path):
     run(options, tmp_path / "c")
     (tmp_path / "c" / "manifest.json").unlink()
