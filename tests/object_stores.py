@@ -100,7 +100,7 @@ class Seaweed:
                 "dir": data, "ip": "127.0.0.1", "ip.bind": "127.0.0.1", "s3.port": s3, "s3.config": config,
                 "master.port": master, "master.port.grpc": master_grpc, "volume.port": volume,
                 "volume.port.grpc": volume_grpc, "filer.port": filer, "filer.port.grpc": filer_grpc,
-                "s3.port.grpc": s3_grpc, "master.volumeSizeLimitMB": 64, "volume.max": 20,
+                "s3.port.grpc": s3_grpc, "s3.port.iceberg": 0, "s3.port.lance": 0, "master.volumeSizeLimitMB": 64, "volume.max": 20,
             }  # fmt: skip
             self.process = subprocess.Popen(
                 [weed(), "server", "-s3", *(f"-{name}={value}" for name, value in flags.items())],
@@ -125,6 +125,10 @@ class Seaweed:
                     raise
                 time.sleep(0.3)
 
+    def is_running(self) -> bool:
+        """Whether it has not ended by itself."""
+        return self.process is not None and self.process.poll() is None
+
     def kill(self) -> None:
         """SIGKILL, as when a machine goes away."""
         if self.process is not None:
@@ -144,8 +148,13 @@ def weed() -> str:
 def seaweed(folder: Path) -> Iterator[Seaweed]:
     """A SeaweedFS server with a bucket."""
     server = Seaweed(folder)
-    with s3_environment(server.port):
+    for _ in range(3):  # a port that was free may be taken by now
         server.start()
+        time.sleep(2)
+        if server.is_running():
+            break
+        server.ports = [free_port() for _ in server.ports]
+    with s3_environment(server.port):
         try:
             server.wait_until_ready()
             yield server

@@ -12,7 +12,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import time
 import uuid
 from collections.abc import Iterable
@@ -23,6 +22,21 @@ from functools import lru_cache
 from pydantic import BaseModel
 
 from kdcache.cache.codec import Codec
+from kdcache.cache.layout import (
+    COMMITS,
+    LEASES,
+    MANIFEST,
+    PLAN,
+    RUNS,
+    SHARDS,
+    TEMPORARY,
+    commit_name,
+    lease_name,
+    parse_number,
+    parse_shard_name,
+    shard_name,
+    table_name,
+)
 from kdcache.cache.manifest import (
     CacheSpec,
     Commit,
@@ -35,7 +49,7 @@ from kdcache.cache.manifest import (
     to_json,
 )
 from kdcache.cache.shard import digest
-from kdcache.cache.store import TEMPORARY, Store, hostname, is_running, open_store
+from kdcache.cache.store import Store, hostname, is_running, open_store
 from kdcache.cache.tables import IdTables
 from kdcache.config import run_files, run_name
 from kdcache.errors import (
@@ -49,31 +63,7 @@ from kdcache.errors import (
 
 logger = logging.getLogger(__name__)
 
-PLAN, MANIFEST = "plan.json", "manifest.json"
-COMMITS, SHARDS, LEASES, TABLES, RUNS = "commits", "shards", "leases", "tables", "runs"
 LEASE_SECONDS = 120.0
-_COMMIT_NAME = re.compile(r"(\d{5,10})\.json")
-_SHARD_NAME = re.compile(r"\d{5,10}-[0-9a-f]{32}\.arrow")
-
-
-def commit_name(shard: int) -> str:
-    """Where the commit of a shard stands."""
-    return f"{COMMITS}/{shard:05d}.json"
-
-
-def shard_name(shard: int, shard_digest: str) -> str:
-    """Where a shard of these bytes stands."""
-    return f"{SHARDS}/{shard:05d}-{shard_digest}.arrow"
-
-
-def parse_shard_name(name: str) -> int | None:
-    """The shard that a file in ``shards/`` is of, or None where the name is not one of ours."""
-    return int(name.partition("-")[0]) if _SHARD_NAME.fullmatch(name) else None
-
-
-def table_name(table_digest: str) -> str:
-    """Where a table of these bytes stands (the teacher's output head)."""
-    return f"{TABLES}/{table_digest}.safetensors"
 
 
 def check_no_cache(folder: str) -> None:
@@ -179,14 +169,12 @@ def read_commits(store: Store) -> list[Commit]:
     """All commits of a cache, by shard number."""
     shards = []
     for name in store.names_in(COMMITS):
-        match = _COMMIT_NAME.fullmatch(name)
-        if not match:
+        shard = parse_number(name)
+        if shard is None:
             continue
-        if name != f"{int(match[1]):05d}.json":
-            raise CacheMismatchError(
-                f"{store}/{COMMITS}/{name}: a shard's commit stands at {commit_name(int(match[1]))}"
-            )
-        shards.append(int(match[1]))
+        if name != f"{shard:05d}.json":
+            raise CacheMismatchError(f"{store}/{COMMITS}/{name}: a shard's commit stands at {commit_name(shard)}")
+        shards.append(shard)
     shards.sort()
     files = store.read_all([commit_name(shard) for shard in shards])
     return [_parse_commit(store, shard, data) for shard, data in zip(shards, files, strict=True)]
@@ -207,7 +195,7 @@ def _parse_commit(store: Store, shard: int, data: bytes) -> Commit:
 
 def committed_shards(store: Store) -> set[int]:
     """Numbers of the committed shards, from file names alone."""
-    return {int(match[1]) for name in store.names_in(COMMITS) if (match := _COMMIT_NAME.fullmatch(name))}
+    return {shard for name in store.names_in(COMMITS) if (shard := parse_number(name)) is not None}
 
 
 def load_codec(store: Store, spec: CacheSpec) -> Codec:
@@ -299,7 +287,7 @@ class Lease:
     @property
     def name(self) -> str:
         """Where the lease stands."""
-        return f"{LEASES}/{self.shard:05d}.json"
+        return lease_name(self.shard)
 
     def renew(self) -> None:
         """Say so again; cheap to call often."""
@@ -369,8 +357,8 @@ def read_leases(store: Store) -> list[Holder | str]:
     """Every lease by shard number; the file name where the content says nothing."""
     found: list[Holder | str] = []
     for name in store.names_in(LEASES):
-        match = _COMMIT_NAME.fullmatch(name)
-        holder = _read_holder(store, f"{LEASES}/{name}", int(match[1])) if match else None
+        shard = parse_number(name)
+        holder = None if shard is None else _read_holder(store, f"{LEASES}/{name}", shard)
         found.append(holder or name)
     return found
 

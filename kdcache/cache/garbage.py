@@ -8,16 +8,8 @@ from __future__ import annotations
 
 import time
 
-from kdcache.cache.commit import (
-    LEASES,
-    SHARDS,
-    TABLES,
-    parse_shard_name,
-    read_commits,
-    read_plan,
-    shard_name,
-    table_name,
-)
+from kdcache.cache.commit import read_commits, read_plan
+from kdcache.cache.layout import LEASES, SHARDS, TABLES, parse_shard_name, shard_name, table_name
 from kdcache.cache.status import split_leases
 from kdcache.cache.store import Store
 

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 import fsspec
 
 from kdcache.cache.copies import LocalCopies
-from kdcache.cache.store import TEMPORARY
+from kdcache.cache.layout import TEMPORARY
 from kdcache.errors import CacheNotFoundError, ConfigError, StoreError, StoreUnavailableError
 
 logger = logging.getLogger(__name__)

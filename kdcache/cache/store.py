@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
+from kdcache.cache.layout import TEMPORARY
 from kdcache.errors import CacheNotFoundError, ConfigError, StoreError, StoreUnavailableError
 
-TEMPORARY = "tmp"
 _TEMPORARY_NAME = re.compile(r"(?P<host>[A-Za-z0-9_.-]+)~(?P<pid>\d+)~[0-9a-f]{32}")
 
 

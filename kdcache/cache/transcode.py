@@ -22,7 +22,6 @@ from kdcache.cache.commit import (
     check_is_ours,
     check_writers,
     claim_first,
-    commit_name,
     commit_shard,
     committed_shards,
     load_codec,
@@ -30,10 +29,9 @@ from kdcache.cache.commit import (
     read_commit,
     read_plan,
     seal,
-    shard_name,
-    table_name,
     write_run,
 )
+from kdcache.cache.layout import commit_name, shard_name, table_name
 from kdcache.cache.manifest import Manifest, Plan, to_json
 from kdcache.cache.quality import describe_codec
 from kdcache.cache.reader import CacheReader

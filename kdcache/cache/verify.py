@@ -6,17 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from kdcache.cache.commit import (
-    MANIFEST,
-    PLAN,
-    commit_name,
     committed_shards,
     current_manifest,
     read_commit,
     read_commits,
     read_id_tables,
     read_plan,
-    table_name,
 )
+from kdcache.cache.layout import MANIFEST, PLAN, commit_name, table_name
 from kdcache.cache.manifest import Commit, Manifest, Plan, derive_manifest, to_json
 from kdcache.cache.reader import CacheReader
 from kdcache.cache.shard import sequence_id

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from kdcache.cache.commit import check_writers, committed_shards, read_plan, seal, table_name, write_run
+from kdcache.cache.commit import check_writers, committed_shards, read_plan, seal, write_run
+from kdcache.cache.layout import table_name
 from kdcache.cache.manifest import Manifest, Plan
 from kdcache.cache.shard import digest
 from kdcache.cache.store import Store, open_store

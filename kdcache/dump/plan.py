@@ -10,7 +10,8 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from kdcache.cache.commit import check_is_ours, current_manifest, publish_plan, read_plan, table_name
+from kdcache.cache.commit import check_is_ours, current_manifest, publish_plan, read_plan
+from kdcache.cache.layout import table_name
 from kdcache.cache.manifest import CacheSpec, Manifest, Plan
 from kdcache.cache.reader import open_cache
 from kdcache.cache.shard import digest

@@ -1,0 +1,42 @@
+"""Where each file of a cache stands. Names are made from numbers and digests here, and never taken from a file."""
+
+from __future__ import annotations
+
+import re
+
+PLAN, MANIFEST = "plan.json", "manifest.json"
+COMMITS, SHARDS, LEASES, TABLES, RUNS = "commits", "shards", "leases", "tables", "runs"
+TEMPORARY = "tmp"
+_NUMBERED = re.compile(r"(\d{5,10})\.json")
+_SHARD_NAME = re.compile(r"\d{5,10}-[0-9a-f]{32}\.arrow")
+
+
+def commit_name(shard: int) -> str:
+    """Where the commit of a shard stands."""
+    return f"{COMMITS}/{shard:05d}.json"
+
+
+def lease_name(shard: int) -> str:
+    """Where the lease of a shard stands."""
+    return f"{LEASES}/{shard:05d}.json"
+
+
+def parse_number(name: str) -> int | None:
+    """The shard that a file in ``commits/`` or ``leases/`` is of, or None where the name is not one of ours."""
+    match = _NUMBERED.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def shard_name(shard: int, shard_digest: str) -> str:
+    """Where a shard of these bytes stands."""
+    return f"{SHARDS}/{shard:05d}-{shard_digest}.arrow"
+
+
+def parse_shard_name(name: str) -> int | None:
+    """The shard that a file in ``shards/`` is of, or None where the name is not one of ours."""
+    return int(name.partition("-")[0]) if _SHARD_NAME.fullmatch(name) else None
+
+
+def table_name(table_digest: str) -> str:
+    """Where a table of these bytes stands: id tables, or the teacher's output head."""
+    return f"{TABLES}/{table_digest}.safetensors"
