@@ -204,23 +204,22 @@ def derive_manifest(plan: Plan, commits: list[Commit]) -> Manifest:
         raise CacheMismatchError(f"commits name different output heads: {sorted(map(str, heads))}")
     totals = {name: sum(getattr(commit.stats, name) for commit in ordered) for name in ShardStats.model_fields}
     try:
-        stats = ShardStats(**totals)
+        return Manifest(
+            spec=plan.spec,
+            fingerprint=plan.fingerprint,
+            head_digest=heads.pop() if heads else None,
+            sealed=len(ordered) == plan.spec.num_shards,
+            num_bytes=sum(commit.num_bytes for commit in ordered),
+            stats=ShardStats(**totals),
+            shards=ShardTable(
+                shard=numbers,
+                digest=[commit.digest for commit in ordered],
+                num_bytes=[commit.num_bytes for commit in ordered],
+                num_sequences=[commit.stats.num_sequences for commit in ordered],
+            ),
+        )
     except ValidationError as error:
         raise CacheMismatchError(f"commits add up to what no cache has ({error.errors()[0]['msg']})") from error
-    return Manifest(
-        spec=plan.spec,
-        fingerprint=plan.fingerprint,
-        head_digest=heads.pop() if heads else None,
-        sealed=len(ordered) == plan.spec.num_shards,
-        num_bytes=sum(commit.num_bytes for commit in ordered),
-        stats=stats,
-        shards=ShardTable(
-            shard=numbers,
-            digest=[commit.digest for commit in ordered],
-            num_bytes=[commit.num_bytes for commit in ordered],
-            num_sequences=[commit.stats.num_sequences for commit in ordered],
-        ),
-    )
 
 
 def differing_fields(old: CacheSpec, new: CacheSpec) -> list[tuple[str, Any, Any]]:

@@ -274,3 +274,14 @@ def test_totals():
 def test_commits_that_cannot_be_of_one_cache(commits, message):
     with pytest.raises(CacheMismatchError, match=message):
         derive_manifest(make_plan(), commits)
+
+
+@pytest.mark.parametrize("huge", [{"num_bytes": (1 << 62) - 1}, {"stats": "num_positions"}])
+def test_commits_that_add_up_to_too_much_are_refused(huge):
+    plan = make_plan()
+    commits = [commit(s) for s in range(plan.spec.num_shards)]
+    if "stats" in huge:
+        huge = {"stats": commits[0].stats.model_copy(update={huge["stats"]: (1 << 62) - 1})}
+    commits[0] = commits[0].model_copy(update=huge)
+    with pytest.raises(CacheMismatchError, match="add up"):
+        derive_manifest(plan, commits)
