@@ -30,15 +30,12 @@ def failing_calls(root: Path, number: int, code: int) -> Iterator[Callable[[], i
     """The ``number``-th call that touches something below a folder fails; gives a function that tells how many there were."""
     count = 0
     real = {name: getattr(os, name) for name in LOCAL_CALLS}
-    folders: dict[int, str] = {}
 
     def wrap(name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal count
-            places = [
-                folders.get(a, "") if isinstance(a, int) else os.fspath(a) for a in args[:2] if not isinstance(a, bytes)
-            ]
-            if not any(str(place).startswith(str(root)) for place in places) and name != "fsync":
+            ours = any(str(os.fspath(a)).startswith(str(root)) for a in args[:2] if isinstance(a, str | os.PathLike))
+            if not ours and name != "fsync":
                 return real[name](*args, **kwargs)
             count += 1
             if count == number:
@@ -77,48 +74,52 @@ def local_campaign(
     options: dict[str, Any], root: Path, *, stride: int = 1, kinds: Iterable[str] = LOCAL_FAULTS
 ) -> dict[str, dict[str, int]]:
     """Fail every ``stride``-th call once, for each kind; how many runs ended well all the same, how many said why."""
-    dump_here({**options, "output": str(root / "reference")})
-    reference = stored(open_store(root / "reference"))
-    table = {}
-    for kind in kinds:
-        ended_well = said_why = 0
-        for number in range(1, 10**6, stride):
-            cache = root / "cache"
-            with failing_calls(cache, number, LOCAL_FAULTS[kind]) as calls:
-                said = dump_or_say_why({**options, "output": str(cache)})
-            if calls() < number:
-                assert said is None
-                break
-            if said is None:
-                ended_well += 1
-            else:
-                said_why += 1
-                dump_here({**options, "output": str(cache)})
-            assert_same(stored(open_store(cache)), reference, f"{kind} at call {number}")
-            shutil.rmtree(cache)
-        shutil.rmtree(root / "cache", ignore_errors=True)
-        table[kind] = {"calls": ended_well + said_why, "ended well": ended_well, "said why": said_why}
-    return table
+    cache = root / "cache"
+
+    def attempt(here: dict[str, Any], number: int, kind: str) -> tuple[str | None, int]:
+        shutil.rmtree(cache, ignore_errors=True)
+        with failing_calls(cache, number, LOCAL_FAULTS[kind]) as calls:
+            said = dump_or_say_why(here)
+        return said, calls()
+
+    return _campaign(options, root, str(cache), attempt, stride, kinds)
 
 
 def remote_campaign(
     options: dict[str, Any], root: Path, *, stride: int = 1, kinds: Iterable[str] = FAULTS
 ) -> dict[str, dict[str, int]]:
     """The same for an object store in memory whose client's calls fail; patience with it is cut to half a second."""
-    dump_here({**options, "output": str(root / "reference")})
-    reference = stored(open_store(root / "reference"))
+
+    def attempt(here: dict[str, Any], number: int, kind: str) -> tuple[str | None, int]:
+        FaultyMemory.store.clear()
+        FaultyMemory.fail(number, kind)
+        said = dump_or_say_why(here)
+        calls = FaultyMemory.calls
+        FaultyMemory.disarm()
+        return said, calls
+
     faulty_memory()
-    monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(remote, "RETRY_SECONDS", 0.5)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(remote, "RETRY_SECONDS", 0.5)
+        return _campaign(options, root, "faulty://bucket/cache", attempt, stride, kinds)
+
+
+def _campaign(
+    options: dict[str, Any],
+    root: Path,
+    cache: str,
+    attempt: Callable[[dict[str, Any], int, str], tuple[str | None, int]],
+    stride: int,
+    kinds: Iterable[str],
+) -> dict[str, dict[str, int]]:
+    """``attempt(options, number, kind)`` begins a new cache with a failing call; what it said, and how many calls there were."""
+    dump_here({**options, "output": str(root / "reference")})
+    reference, here = stored(open_store(root / "reference")), {**options, "output": cache}
     table = {}
     for kind in kinds:
         ended_well = said_why = 0
         for number in range(1, 10**6, stride):
-            FaultyMemory.store.clear()
-            FaultyMemory.fail(number, kind)
-            said = dump_or_say_why({**options, "output": "faulty://bucket/cache"})
-            calls = FaultyMemory.calls
-            FaultyMemory.disarm()
+            said, calls = attempt(here, number, kind)
             if calls < number:
                 assert said is None
                 break
@@ -126,8 +127,7 @@ def remote_campaign(
                 ended_well += 1
             else:
                 said_why += 1
-                dump_here({**options, "output": "faulty://bucket/cache"})
-            assert_same(stored(open_store("faulty://bucket/cache")), reference, f"{kind} at call {number}")
+                dump_here(here)
+            assert_same(stored(open_store(cache)), reference, f"{kind} at call {number}")
         table[kind] = {"calls": ended_well + said_why, "ended well": ended_well, "said why": said_why}
-    monkeypatch.undo()
     return table
