@@ -6,7 +6,6 @@ python benchmarks/prove_crash.py [--kills 500] [--stride 1]
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import subprocess
@@ -18,8 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import results_file
-from tests.abuse.crashes import assert_same, campaign, contents, every_commit_point, prepare
-from tests.conftest import make_llama, texts
+from tests.abuse.crashes import assert_same, campaign, contents, every_commit_point, prepare, small_dump
 
 
 def through_the_command_line(options: dict, root: Path, *, num_kills: int) -> int:
@@ -55,17 +53,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        os.environ["HF_DATASETS_CACHE"] = str(root / "datasets")
-        corpus = root / "texts.jsonl"
-        corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts()))
-        maker = (
-            "import sys; from pathlib import Path; from tests.conftest import make_llama; make_llama(Path(sys.argv[1]))"
-        )
-        subprocess.run([sys.executable, "-c", maker, str(root / "teacher")], check=True, cwd=Path(__file__).parents[1])
-        options = {
-            "teacher": str(root / "teacher"), "dataset": str(corpus), "seq_len": 64, "top_k": 8, "threads": 1,
-            "batch_tokens": 256, "shard_positions": 300, "device": "cpu",
-        }  # fmt: skip
+        options = small_dump(root, 40)
         kills_cli = through_the_command_line(options, root / "cli", num_kills=3)
         prepare()
         at_random = campaign(
@@ -89,5 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    assert make_llama is not None
     main()

@@ -9,7 +9,6 @@ client, once or from then on, before or after they took effect.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -19,8 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import results_file
+from tests.abuse.crashes import small_dump
 from tests.abuse.faults import local_campaign, remote_campaign
-from tests.conftest import make_llama, texts
 
 
 def main() -> None:
@@ -30,13 +29,8 @@ def main() -> None:
     logging.getLogger("kdcache").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        os.environ |= {"HF_DATASETS_CACHE": str(root / "datasets"), "KDCACHE_COPIES": str(root / "copies")}
-        corpus = root / "texts.jsonl"
-        corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(4)))
-        options = {
-            "teacher": make_llama(root / "teacher"), "dataset": str(corpus), "output": "", "seq_len": 64, "top_k": 8,
-            "threads": 1, "batch_tokens": 256, "shard_positions": 300, "device": "cpu",
-        }  # fmt: skip
+        options = small_dump(root, 4)
+        os.environ["KDCACHE_COPIES"] = str(root / "copies")
         lines = [
             "| store | n-th call fails with | n | ended well | said why | wrong after going on |",
             "|---|---|---|---|---|---|",

@@ -8,7 +8,6 @@ The caches are those that a folder gets, byte for byte, and the students' weight
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -20,9 +19,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import results_file
-from tests.abuse.crashes import dump_here
+from tests.abuse.crashes import dump_here, small_dump
 from tests.abuse.outage import command, dump_through_outage, train_through_outage
-from tests.conftest import make_llama, texts
+from tests.conftest import make_llama
 from tests.object_stores import seaweed
 
 
@@ -35,13 +34,8 @@ def main() -> None:
     rng = np.random.default_rng(args.seed)
     with tempfile.TemporaryDirectory() as folder, seaweed(Path(folder) / "seaweed") as server:
         root = Path(folder)
-        os.environ |= {"HF_DATASETS_CACHE": str(root / "datasets"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        corpus = root / "texts.jsonl"
-        corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(64)))
-        options = {
-            "teacher": make_llama(root / "teacher"), "dataset": str(corpus), "seq_len": 64, "top_k": 8, "threads": 1,
-            "batch_tokens": 256, "shard_positions": 300, "device": "cpu",
-        }  # fmt: skip
+        options = small_dump(root, 64)
+        os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         student = make_llama(root / "init", seed=1, hidden_size=16, num_hidden_layers=1)
         learn = {"student": student, "max_steps": 60, "per_device_train_batch_size": 4}
         dump_here({**options, "output": str(root / "reference")})

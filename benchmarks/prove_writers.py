@@ -6,8 +6,6 @@ python benchmarks/prove_writers.py [--stride 1] [--rounds 20]
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -15,8 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import results_file
-from tests.abuse.crashes import blind_writers, prepare, stopped_writers
-from tests.conftest import make_llama, texts
+from tests.abuse.crashes import blind_writers, prepare, small_dump, stopped_writers
 
 
 def main() -> None:
@@ -26,20 +23,8 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        os.environ["HF_DATASETS_CACHE"] = str(root / "datasets")
-        corpus = root / "texts.jsonl"
-        corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(6)))
+        options = small_dump(root, 6)
         prepare()
-        # The model is made in a child: what forks later must not have computed.
-        child = os.fork()
-        if not child:
-            make_llama(root / "teacher")
-            os._exit(0)
-        os.waitpid(child, 0)
-        options = {
-            "teacher": str(root / "teacher"), "dataset": str(corpus), "seq_len": 64, "top_k": 8, "threads": 1,
-            "batch_tokens": 256, "shard_positions": 300, "device": "cpu",
-        }  # fmt: skip
         stopped = stopped_writers(options, root / "stopped", stride=args.stride)
         blind = blind_writers(options, root / "blind", rounds=args.rounds, writers=3)
     rows = [

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +31,31 @@ def prepare() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+def small_dump(root: Path, num_texts: int) -> dict[str, Any]:
+    """Options of a dump of some seconds, without ``output``: a corpus and a random teacher below a folder, and datasets' own files too.
+
+    The teacher is made in a process of its own: what forks later must not have computed.
+    """
+    os.environ["HF_DATASETS_CACHE"] = str(root / "datasets")
+    corpus = root / "texts.jsonl"
+    maker = """if True:
+        import json, sys
+        from pathlib import Path
+        from tests.conftest import make_llama, texts
+        teacher, corpus, num_texts = sys.argv[1:]
+        make_llama(Path(teacher))
+        Path(corpus).write_text("".join(json.dumps({"text": text}) + "\\n" for text in texts(int(num_texts))))
+    """
+    subprocess.run(
+        [sys.executable, "-c", maker, str(root / "teacher"), str(corpus), str(num_texts)],
+        check=True, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    return {
+        "teacher": str(root / "teacher"), "dataset": str(corpus), "seq_len": 64, "top_k": 8, "threads": 1,
+        "batch_tokens": 256, "shard_positions": 300, "device": "cpu",
+    }  # fmt: skip
 
 
 def dump_here(options: dict[str, Any]) -> None:
