@@ -7,6 +7,7 @@
     ├── CorpusError             the dataset cannot be read, or its rows are not what they should be
     ├── ModelError              a model or tokenizer cannot be loaded, or does not fit its purpose
     ├── TeacherOutputError      the teacher said NaN or Inf
+    ├── StoreUnavailableError   a storage could not be asked: nothing is known about what it holds
     └── CacheError
         ├── CacheNotFoundError    there is no cache where one was named
         ├── CacheIncompleteError  planned shards are not committed yet
@@ -14,7 +15,6 @@
         ├── CacheMismatchError    two things that must agree do not: cache and plan, cache and student
         ├── CacheFormatError      written by a format version or codec that this kdcache does not know
         └── StoreError            the storage cannot do what a cache needs of it
-            └── StoreUnavailableError  it could not be asked: nothing is known about what it holds
 
 A message says what was expected, what was found and where; ``hint`` names the step that mends it. The command line turns
 these into exit code 1 in one place. ``ValueError`` and ``assert`` are left for mistakes of programmers.
@@ -92,5 +92,8 @@ class StoreError(CacheError):
     """The storage cannot do what a cache needs of it."""
 
 
-class StoreUnavailableError(StoreError):
-    """The storage could not be asked, or gave no permission: nothing is known about what it holds."""
+class StoreUnavailableError(KDCacheError):
+    """The storage could not be asked, or gave no permission: nothing is known about what it holds.
+
+    No CacheError: an audit that meets it has found nothing wrong with a cache.
+    """

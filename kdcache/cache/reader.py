@@ -26,7 +26,6 @@ from kdcache.errors import (
     CacheMismatchError,
     CacheNotFoundError,
     StoreError,
-    StoreUnavailableError,
 )
 from kdcache.targets import SparseTargets, TokenSequence
 
@@ -167,8 +166,6 @@ class CacheReader:
         number, expected = table.shard[position], table.digest[position]
         try:
             data = self.store.map(shard_name(number, expected), table.num_bytes[position])
-        except StoreUnavailableError:
-            raise
         except (CacheNotFoundError, StoreError) as error:
             raise CacheCorruptError(
                 f"shard {number:05d}: {error.message}",

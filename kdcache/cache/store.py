@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Protocol
 
 from kdcache.cache.layout import TEMPORARY
-from kdcache.errors import CacheNotFoundError, ConfigError, StoreError, StoreUnavailableError
+from kdcache.errors import CacheNotFoundError, ConfigError, KDCacheError, StoreError, StoreUnavailableError
 
 _TEMPORARY_NAME = re.compile(r"(?P<host>[A-Za-z0-9_.-]+)~(?P<pid>\d+)~[0-9a-f]{32}")
 
@@ -262,7 +262,7 @@ def is_running(pid: int) -> bool:
     return True
 
 
-def _unreadable(path: Path, error: OSError) -> StoreError:
+def _unreadable(path: Path, error: OSError) -> KDCacheError:
     """What may not be read, or not now, says nothing about what it holds."""
     unknown = error.errno in (errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT)
     kind = StoreUnavailableError if unknown else StoreError

@@ -18,7 +18,7 @@ from kdcache.cache.manifest import Commit, Manifest, Plan, derive_manifest, to_j
 from kdcache.cache.reader import CacheReader
 from kdcache.cache.shard import sequence_id
 from kdcache.cache.store import Store
-from kdcache.errors import CacheCorruptError, CacheError, StoreUnavailableError
+from kdcache.errors import CacheCorruptError, CacheError
 from kdcache.targets import check_alignment
 
 
@@ -70,8 +70,6 @@ def verify_cache(store: Store, *, deep: bool = True, on_shard: Callable[[int], N
     try:
         derived = derive_manifest(plan, commits)
         reader = CacheReader(store, allow_incomplete=True, manifest=derived)
-    except StoreUnavailableError:
-        raise
     except CacheError as error:
         audit.problems.append(error.message)
         return audit
@@ -81,8 +79,6 @@ def verify_cache(store: Store, *, deep: bool = True, on_shard: Callable[[int], N
     if derived.head_digest is not None:
         try:
             reader.head_bytes()
-        except StoreUnavailableError:
-            raise
         except CacheError as error:
             audit.problems.append(error.message)
             audit.damaged_head = derived.head_digest
@@ -90,8 +86,6 @@ def verify_cache(store: Store, *, deep: bool = True, on_shard: Callable[[int], N
         try:
             audit.num_sequences += _verify_shard(reader, position, deep)
             audit.num_verified += 1
-        except StoreUnavailableError:
-            raise
         except CacheError as error:
             message = error.message if error.message.startswith("shard") else f"shard {number:05d}: {error.message}"
             audit.problems.append(message)
@@ -107,8 +101,6 @@ def _tables_are_whole(store: Store, plan: Plan, audit: Audit) -> bool:
         return True
     try:
         read_id_tables(store, digest, plan.spec.teacher.vocab_size)
-    except StoreUnavailableError:
-        raise
     except CacheError as error:
         audit.problems.append(error.message)
         audit.damaged_tables = digest
@@ -122,8 +114,6 @@ def _check_records(store: Store, plan: Plan, commits: list[Commit], derived: Man
         try:
             if current_manifest(store) != derived or store.read(MANIFEST) != to_json(derived):
                 audit.problems.append(f"{MANIFEST} does not follow from the commits; remove it and run the dump again")
-        except StoreUnavailableError:
-            raise
         except CacheError as error:
             audit.problems.append(error.message)
     if store.read(PLAN) != to_json(plan):
@@ -138,15 +128,11 @@ def _readable_commits(store: Store, audit: Audit) -> list[Commit]:
     """The commits that can be read; the others are damage."""
     try:
         return read_commits(store)
-    except StoreUnavailableError:
-        raise
     except CacheError:
         commits = []
         for shard in sorted(committed_shards(store)):
             try:
                 commits.append(read_commit(store, shard))
-            except StoreUnavailableError:
-                raise
             except CacheError as error:
                 audit.problems.append(error.message)
                 audit.damaged.append(shard)

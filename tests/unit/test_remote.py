@@ -186,9 +186,12 @@ def test_what_fails_in_passing_is_tried_again(faulty, kind, caplog):
 
 
 def test_what_fails_for_good(faulty):
-    for kind, error in (("503 for good", StoreUnavailableError), ("403 for good", StoreError)):
+    for kind, refused in (("503 for good", StoreUnavailableError), ("403 for good", StoreError)):
         FaultyMemory.fail(1, kind)
-        for act in (lambda: faulty.replace("x", b"1"), lambda: faulty.read("x")):
+        for act, error in (
+            (lambda: faulty.replace("x", b"1"), refused),
+            (lambda: faulty.read("x"), StoreUnavailableError),
+        ):
             with pytest.raises(error) as caught:
                 act()
             assert "faulty://bucket/cache" in caught.value.message
