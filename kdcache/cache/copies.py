@@ -77,16 +77,13 @@ class LocalCopies:
         """
         path = self.folder / f"{digest}{SUFFIX}"
         try:
-            copy = _whole(path, digest, num_bytes)
-            for _ in range(2):
+            for fetches_left in (2, 1, 0):
+                copy = _whole(path, digest, num_bytes)
                 if copy is not None:
                     os.utime(path)
                     return copy
-                self._fetch(path, origin, fetch)
-                copy = _whole(path, digest, num_bytes)
-            if copy is not None:
-                os.utime(path)
-                return copy
+                if fetches_left:
+                    self._fetch(path, origin, fetch)
             path.unlink(missing_ok=True)
         except OSError as error:
             raise StoreError(

@@ -42,10 +42,8 @@ class IdTables:
     def __init__(self, order: UIntArray, contexts: UIntArray, lists: npt.NDArray[np.uint16]) -> None:
         self.order, self.contexts, self.lists = order, contexts, lists
         num_contexts, self._length = lists.shape
-        self._ranks = np.empty(len(order), dtype=np.int32)
-        self._ranks[order] = np.arange(len(order), dtype=np.int32)
-        self._rows = np.full(len(order), num_contexts, dtype=np.int32)
-        self._rows[contexts] = np.arange(num_contexts, dtype=np.int32)
+        self._ranks = _places(order, len(order))
+        self._rows = _places(contexts, len(order), missing=num_contexts)
         listed = order[np.vstack([lists, np.arange(self._length, dtype=np.uint16)[None]])]
         # Ids by row and code, then those of all ranks.
         self._ids = np.concatenate([listed.ravel(), order])
@@ -73,19 +71,19 @@ class IdTables:
         frequent = np.sort(chosen).astype(np.uint32)
         num_ranks = min(MAX_RANK, vocab_size)
         length = min(list_length, num_ranks) if len(frequent) else 0
-        tables = cls(order, frequent, np.zeros((len(frequent), length), dtype=np.uint16))
+        ranks, rows = _places(order, vocab_size), _places(frequent, vocab_size, missing=len(frequent))
+
+        def cells_of(contexts: UIntArray, targets: SparseTargets) -> npt.NDArray[np.int64]:
+            """Row and rank of each entry that may be listed, as one number."""
+            row, rank = np.repeat(rows[contexts], targets.num_entries).astype(np.int64), ranks[targets.token_ids]
+            counted = (row < len(frequent)) & (rank < num_ranks)
+            return np.asarray(row[counted] * num_ranks + rank[counted])
+
         counts = np.zeros(len(frequent) * num_ranks, dtype=np.int32)
-        for cells in _in_chunks(tables._cells(contexts, targets, num_ranks) for contexts, targets in pilot):
+        for cells in _in_chunks(cells_of(contexts, targets) for contexts, targets in pilot):
             counts += np.bincount(cells, minlength=len(counts)).astype(np.int32)
         lists = np.argsort(-counts.reshape(len(frequent), num_ranks), axis=1, kind="stable")[:, :length]
         return cls(order, frequent, np.ascontiguousarray(lists.astype(np.uint16)))
-
-    def _cells(self, contexts: UIntArray, targets: SparseTargets, num_ranks: int) -> npt.NDArray[np.int64]:
-        """Row and rank of each entry that may be listed, as one number."""
-        rows = np.repeat(self._rows[contexts], targets.num_entries).astype(np.int64)
-        ranks = self._ranks[targets.token_ids]
-        counted = (rows < len(self.contexts)) & (ranks < num_ranks)
-        return np.asarray(rows[counted] * num_ranks + ranks[counted])
 
     def to_bytes(self) -> bytes:
         """A safetensors file; the same tables give the same bytes."""
@@ -165,6 +163,13 @@ class IdTables:
             codes[-1, :length] = np.arange(length)
             self._codes = codes
         return self._codes
+
+
+def _places(items: UIntArray, size: int, missing: int = 0) -> npt.NDArray[np.int32]:
+    """``[size]``: where each number stands among the items, or ``missing``."""
+    places = np.full(size, missing, dtype=np.int32)
+    places[items] = np.arange(len(items), dtype=np.int32)
+    return places
 
 
 def ascending(targets: SparseTargets) -> SparseTargets:
