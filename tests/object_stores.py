@@ -33,7 +33,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def s3_environment(port: int) -> Iterator[None]:
-    """Credentials and endpoint as users give them: in the environment."""
+    """Credentials and endpoint as users give them: in the environment. fsspec's clients of another endpoint are forgotten."""
     ours = {
         "AWS_ACCESS_KEY_ID": "kdcache",
         "AWS_SECRET_ACCESS_KEY": "kdcache-secret",
@@ -42,9 +42,12 @@ def s3_environment(port: int) -> Iterator[None]:
     }
     before = {name: os.environ.get(name) for name in ours}
     os.environ.update(ours)
+    clients = fsspec.get_filesystem_class("s3")
+    clients.clear_instance_cache()
     try:
         yield
     finally:
+        clients.clear_instance_cache()
         for name, value in before.items():
             if value is None:
                 del os.environ[name]
@@ -53,8 +56,8 @@ def s3_environment(port: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def moto() -> Iterator[str]:
-    """A moto server with a bucket; its URL."""
+def moto() -> Iterator[int]:
+    """A moto server with a bucket; its port."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -63,7 +66,7 @@ def moto() -> Iterator[str]:
         _, port = server.get_host_and_port()
         with s3_environment(port):
             fsspec.filesystem("s3", skip_instance_cache=True).mkdir(BUCKET)
-            yield f"s3://{BUCKET}"
+            yield port
     finally:
         server.stop()
 
