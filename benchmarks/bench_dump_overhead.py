@@ -23,7 +23,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import measure, results_file
-from kdcache.cache.commit import claim, publish_plan
+from kdcache.cache.commit import publish_plan
+from kdcache.cache.lease import claim
 from kdcache.cache.store import LocalStore
 from kdcache.corpus import make_sequences
 from kdcache.dump.engines.transformers import pad_batch

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
 
-from kdcache.cache.commit import Holder, read_commits, read_leases, read_plan
+from kdcache.cache.commit import read_commits, read_plan
+from kdcache.cache.lease import Holder, read_leases
 from kdcache.cache.manifest import Commit
 from kdcache.cache.store import Store
 

@@ -18,10 +18,8 @@ from pydantic import Field
 
 from kdcache.cache.codec import CodecName
 from kdcache.cache.commit import (
-    Lease,
     check_is_ours,
     check_writers,
-    claim_first,
     commit_shard,
     committed_shards,
     load_codec,
@@ -32,6 +30,7 @@ from kdcache.cache.commit import (
     write_run,
 )
 from kdcache.cache.layout import commit_name, shard_name, table_name
+from kdcache.cache.lease import Lease, claim_first
 from kdcache.cache.manifest import Manifest, Plan, to_json
 from kdcache.cache.quality import describe_codec
 from kdcache.cache.reader import CacheReader

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from kdcache.cache.codec import Codec
-from kdcache.cache.commit import Lease, claim_first, commit_shard, committed_shards, load_codec
+from kdcache.cache.commit import commit_shard, committed_shards, load_codec
+from kdcache.cache.lease import Lease, claim_first
 from kdcache.cache.manifest import Plan
 from kdcache.cache.shard import ShardBuilder, sequence_id
 from kdcache.cache.store import Store, hostname

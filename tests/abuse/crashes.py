@@ -140,9 +140,9 @@ def kill_at_call(number: int, when: str) -> Callable[[], None]:
 
 def short_leases() -> None:
     """For a child: leases of a second."""
-    import kdcache.cache.commit as commit
+    import kdcache.cache.lease as lease
 
-    commit.LEASE_SECONDS = 1.0
+    lease.LEASE_SECONDS = 1.0
 
 
 def stop_at_call(number: int, when: str) -> Callable[[], None]:
@@ -196,9 +196,9 @@ def blind_writers(options: dict[str, Any], root: Path, *, rounds: int, writers: 
     """Writers that know nothing of each other do the same shards at the same time: leases fail to keep them apart."""
 
     def no_leases() -> None:
-        import kdcache.cache.commit as commit
+        import kdcache.cache.lease as lease
 
-        commit.claim = lambda store, shard: commit.Lease(store, shard)
+        lease.claim = lambda store, shard: lease.Lease(store, shard)
 
     run_to_the_end({**options, "output": str(root / "reference")})
     reference = contents(root / "reference")

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
 from kdcache.cache.commit import (
-    claim,
     commit_name,
     committed_shards,
     current_manifest,
@@ -17,6 +16,7 @@ from kdcache.cache.commit import (
     seal,
     shard_name,
 )
+from kdcache.cache.lease import claim
 from kdcache.cache.reader import open_cache
 from kdcache.cache.shard import digest
 from kdcache.cache.store import LocalStore

@@ -7,9 +7,6 @@ import time
 import pytest
 
 from kdcache.cache.commit import (
-    LEASE_SECONDS,
-    Lease,
-    claim,
     commit_name,
     commit_shard,
     committed_shards,
@@ -20,6 +17,7 @@ from kdcache.cache.commit import (
     seal,
     shard_name,
 )
+from kdcache.cache.lease import LEASE_SECONDS, Lease, claim
 from kdcache.cache.manifest import signed_json, to_json
 from kdcache.cache.shard import digest
 from kdcache.cache.store import LocalStore, hostname

@@ -7,8 +7,9 @@ import time
 import pytest
 from click.testing import CliRunner
 
-from kdcache.cache.commit import LEASE_SECONDS, claim, commit_name, publish_plan, read_commit, shard_name
+from kdcache.cache.commit import commit_name, publish_plan, read_commit, shard_name
 from kdcache.cache.garbage import collect_garbage, find_garbage
+from kdcache.cache.lease import LEASE_SECONDS, claim
 from kdcache.cache.manifest import to_json
 from kdcache.cache.shard import digest
 from kdcache.cache.status import cache_status
