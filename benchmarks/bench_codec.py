@@ -28,7 +28,7 @@ from kdcache.cache.shard import ShardBuilder
 from kdcache.cache.tables import IdTables
 from kdcache.dump.launch import dump
 from kdcache.dump.options import DumpOptions
-from kdcache.dump.pilot import LIST_LENGTH, NUM_CONTEXTS
+from kdcache.dump.pilot import LEAST_SEEN, LIST_LENGTH, NUM_CONTEXTS
 from kdcache.targets import SparseTargets, TokenSequence, keep_most_probable, kl_of_stored
 
 SCHEMES = {
@@ -74,12 +74,15 @@ def ours(rows: Rows, codec: Codec, rounds: int) -> list[str]:
     pairs = [(a, b) for (_, a), b in zip(rows, stored, strict=True)]
     assert all((a.token_ids == b.token_ids).all() for a, b in pairs)
     assert all(a.counts is None or (a.counts == b.counts).all() for a, b in pairs)
-    kl = [np.concatenate([kl_of_stored(a, b, t) for a, b in pairs]).mean() for t in codec.temperatures[:2]]
-    kept = np.mean([top_1_kept(a, b) for a, b in pairs])
+    kl = "exact counts"
+    if not codec.frequencies:
+        means = (np.concatenate([kl_of_stored(a, b, t) for a, b in pairs]).mean() for t in codec.temperatures[:2])
+        kl = " / ".join(f"{mean:.1e}" for mean in means)
+    kept = "-" if codec.frequencies else f"{np.mean([top_1_kept(a, b) for a, b in pairs]):.2%}"
     encode = best_of(rounds, lambda: [codec.encode(targets, contexts) for targets, contexts in asked])
     decode = best_of(rounds, lambda: [codec.decode(frames, len(c), "x", c) for frames, c in encoded])
     return [
-        f"{len(builder.finish()) / num_positions:.1f}", " / ".join(f"{x:.1e}" for x in kl), f"{kept:.2%}",
+        f"{len(builder.finish()) / num_positions:.1f}", kl, kept,
         f"{num_positions / encode / 1e6:.2f}", f"{num_positions / decode / 1e6:.2f}",
     ]  # fmt: skip
 
@@ -88,7 +91,7 @@ def count_tables(pilot: Rows, k: int, vocab_size: int) -> dict[str, IdTables]:
     """Tables as a dump would count them, from the ``k`` most probable entries of other documents."""
     counted = [(sequence.contexts, keep_most_probable(targets, k)) for sequence, targets in pilot]
     return {
-        kind: IdTables.count(counted, vocab_size, num_contexts, LIST_LENGTH)
+        kind: IdTables.count(counted, vocab_size, num_contexts, LIST_LENGTH, LEAST_SEEN)
         for kind, num_contexts in (("by rank", 0), ("by the token before", NUM_CONTEXTS))
     }
 
@@ -129,7 +132,7 @@ def main() -> None:
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     with tempfile.TemporaryDirectory() as folder:
         common = {"teacher": args.teacher, "dataset": args.dataset, "seq_len": args.seq_len, "dtype": "bfloat16",
-                  "codec": "exact", "threads": args.threads}  # fmt: skip
+                  "codec": "exact", "threads": args.threads, "shard_positions": 1 << 16}  # fmt: skip
         if args.pilot is None:
             made = {"split": args.pilot_split, "top_k": 128, "output": f"{folder}/pilot"}
             dump(DumpOptions.model_validate(common | made))
@@ -138,20 +141,31 @@ def main() -> None:
         tables: dict[int, dict[str, IdTables]] = {}
         for name, options in SCHEMES.items():
             path = f"{folder}/{name.replace(' ', '')}"
+            drawn = "num_draws" in options
+            options |= {"entry_logprobs": True} if drawn else {}
             dump(DumpOptions.model_validate(common | {"split": args.split, "output": path, **options}))
             cache = open_cache(path)
             rows = [(cache[i].sequence, cache[i].targets) for i in range(len(cache))]
-            for quality in QUALITIES:
+            for quality in ("standard",) if drawn else QUALITIES:
                 levels = QUALITIES[quality].for_entries(cache.codec.max_entries).levels
                 cells = ours(rows, replace(cache.codec, name="packed", levels=levels), args.rounds)
-                lines.append("| " + " | ".join([name, f"kdcache, {quality}", *cells]) + " |")
+                said = f"kdcache, {quality}" + ", with logprobs" * drawn
+                lines.append("| " + " | ".join([name, said, *cells]) + " |")
+            standard = replace(
+                cache.codec,
+                name="packed",
+                levels=QUALITIES["standard"].for_entries(cache.codec.max_entries).levels,
+                frequencies=drawn,
+            )
+            said = "kdcache, counts alone" if drawn else "kdcache, standard"
+            if drawn:
+                lines.append("| " + " | ".join([name, said, *ours(rows, standard, args.rounds)]) + " |")
             k = 128 if options.get("top_k") == 128 else 64
             if k not in tables:
                 tables = {k: count_tables(pilot, k, cache.vocab_size)}
             for kind, counted in tables[k].items():
-                levels = QUALITIES["standard"].for_entries(cache.codec.max_entries).levels
-                cells = ours(rows, replace(cache.codec, name="packed", levels=levels, id_tables=counted), args.rounds)
-                lines.append("| " + " | ".join([name, f"kdcache, standard, ids {kind}", *cells]) + " |")
+                cells = ours(rows, replace(standard, id_tables=counted), args.rounds)
+                lines.append("| " + " | ".join([name, f"{said}, ids {kind}", *cells]) + " |")
             for peer in PEERS if name.startswith("top_k") else ():
                 cells = theirs(rows, PEERS[peer], options["top_k"], args.rounds)
                 lines.append("| " + " | ".join([name, peer, *cells]) + " |")

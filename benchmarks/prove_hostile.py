@@ -63,7 +63,7 @@ def main() -> None:
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
         sound = [root / name for name in ("packed", "exact", "systematic", "hybrid", "hidden")]
-        sound += [path for path in sorted(GOLDEN.iterdir()) if path.name.endswith("id-tables")]
+        sound += [path for path in sorted(GOLDEN.iterdir()) if path.name.endswith(("id-tables", "sampled"))]
         table = campaign(sound, root, number=args.number, seed=args.seed)
     lines = ["| attack | tried | " + " | ".join(OUTCOMES) + " |", "|---" * (2 + len(OUTCOMES)) + "|"]
     for name in ATTACKS:

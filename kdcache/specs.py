@@ -84,6 +84,7 @@ class TargetSpec(Record):
         num_draws: Draws a position and temperature (sampled, systematic, hybrid); 0 elsewhere.
         seed: Of the draws; 0 where nothing is drawn.
         temperatures: The first is 1.
+        frequencies: Whether of drawn entries only the counts are kept, no logprob of each and no tail (sampled, systematic).
     """
 
     scheme: Scheme
@@ -92,6 +93,7 @@ class TargetSpec(Record):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     num_draws: Annotated[int, Field(ge=0, lt=1 << 16)] = 0
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    frequencies: bool = False
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -101,12 +103,19 @@ class TargetSpec(Record):
             raise ValueError(f"{self.scheme} with {self.num_draws} draws")
         if (self.scheme in ("top_k", "top_p", "hybrid")) != (self.k > 0):
             raise ValueError(f"{self.scheme} with k = {self.k}")
+        if self.frequencies and not self.can_be_frequencies:
+            raise ValueError("frequencies alone are kept of sampled and systematic targets at T = 1, no others")
         return self
+
+    @property
+    def can_be_frequencies(self) -> bool:
+        """Whether the counts of the draws are an estimate of all that there is."""
+        return self.num_draws > 0 and self.k == 0 and self.temperatures == (1.0,)
 
     @property
     def estimator(self) -> Estimator:
         """What the targets claim to be, see :mod:`kdcache.targets`."""
-        return "draws" if self.num_draws else "buckets"
+        return "frequencies" if self.frequencies else "draws" if self.num_draws else "buckets"
 
     @property
     def max_entries(self) -> int:

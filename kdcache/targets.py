@@ -15,6 +15,8 @@ normalised over the whole vocabulary, so entries and tail together are a distrib
   them is a lower bound of the true one (top_k, top_p).
 - ``draws``: entries were drawn at random, ``counts`` times each. Their weights ``tau`` satisfy ``E[tau] = t`` over the whole
   vocabulary, so sums weighted by ``tau / t`` are unbiased (sampled, systematic, hybrid). 2503.16870 for sampled.
+- ``frequencies``: drawn, and nothing else is known of the entries: ``tau`` stands in the place of ``t``. Unbiased for what is
+  linear in the teacher, which is the gradient of forward KL and of cross-entropy, and no other divergence.
 
 **Temperature.** ``softmax(z / T)`` is not computable from a truncated ``softmax(z)``: what the entries leave out at T = 2
 is often most of the mass. So the tail is measured at every declared temperature when the logits are at hand, and
@@ -35,7 +37,9 @@ UIntArray = npt.NDArray[np.uint32]
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
 CountArray = npt.NDArray[np.uint16]
-Estimator = Literal["buckets", "draws"]
+# e^-40: about once in 10^17 positions by chance.
+UNLIKELY_NATS = 40.0
+Estimator = Literal["buckets", "draws", "frequencies"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,6 +107,8 @@ class SparseTargets:
         hidden: ``[N, D]`` float32, the last hidden state, for the lossless ``hidden`` scheme; else None.
         counts: ``[E, num_temperatures]`` uint16, how often each entry was drawn at each temperature, or None where nothing
             was drawn. An entry that was drawn at none is an exact one: its weight is its probability.
+        frequencies: Whether the teacher's logprobs are not known: ``logprobs`` are ``log(counts / sum(counts))`` at T = 1, nothing is
+            left out (``tail_logprobs`` are ``-inf``), and ``logz`` is 0.
     """
 
     temperatures: tuple[float, ...]
@@ -115,6 +121,7 @@ class SparseTargets:
     entropy: FloatArray
     hidden: FloatArray | None = None
     counts: CountArray | None = None
+    frequencies: bool = False
 
     def __post_init__(self) -> None:
         n, num_kept = len(self.num_entries), int(self.num_entries.sum(dtype=np.int64))
@@ -130,8 +137,8 @@ class SparseTargets:
 
     @property
     def estimator(self) -> Estimator:
-        """``buckets`` or ``draws``, see the module docstring."""
-        return "buckets" if self.counts is None else "draws"
+        """``buckets``, ``draws`` or ``frequencies``, see the module docstring."""
+        return "frequencies" if self.frequencies else "buckets" if self.counts is None else "draws"
 
     @property
     def offsets(self) -> npt.NDArray[np.int64]:
@@ -327,17 +334,44 @@ def check_alignment(sequence: TokenSequence, targets: SparseTargets, where: str,
     labels = sequence.input_ids[1:][mask[:-1]]
     position = np.repeat(np.arange(len(targets)), targets.num_entries)
     hit = targets.token_ids == labels[position]
-    near = np.abs(targets.logprobs[hit] - targets.label_logprobs[position[hit]]) <= tolerance[position[hit]]
-    wrong = ~near  # so that NaN is wrong
-    outside = np.ones(len(targets), dtype=bool)
-    outside[position[hit]] = False
-    tail = targets.tail_logprobs[:, 0]
-    impossible = outside & (targets.num_entries > 0) & (targets.label_logprobs > tail + tolerance)
-    if wrong.any() or impossible.any():
-        first = min([*position[hit][wrong], *np.flatnonzero(impossible)])
+    disagree = (_unlikely if targets.frequencies else _different)(targets, position[hit], hit, tolerance)
+    if disagree.any():
+        first = int(np.flatnonzero(disagree)[0])
         raise CacheMismatchError(
             f"{where}: targets and tokens are not aligned: at target {first} of {len(targets)} the label {labels[first]} has "
-            f"another logprob among the entries than the one stored for it "
-            f"({int(wrong.sum() + impossible.sum())} positions disagree)",
+            f"another logprob among the entries than the one stored for it ({int(disagree.sum())} positions disagree)",
             hint="targets row t must be the distribution over the token at t + 1; dump this shard again",
         )
+
+
+def _different(
+    targets: SparseTargets, position: npt.NDArray[np.int64], hit: BoolArray, tolerance: FloatArray
+) -> BoolArray:
+    """``[N]``: the label's entry has another logprob, or the label is none of the entries and more probable than all these."""
+    near = np.abs(targets.logprobs[hit] - targets.label_logprobs[position]) <= tolerance[position]
+    outside = targets.num_entries > 0
+    outside[position] = False
+    disagree = outside & (targets.label_logprobs > targets.tail_logprobs[:, 0] + tolerance)
+    disagree[position[~near]] = True  # not near, so that NaN is wrong
+    return disagree
+
+
+def _unlikely(
+    targets: SparseTargets, position: npt.NDArray[np.int64], hit: BoolArray, tolerance: FloatArray
+) -> BoolArray:
+    """``[N]``: the label came up so much more or less often than its probability has it that no draw explains it.
+
+    By Chernoff's bound N draws have probability below ``exp(-N KL(frequency ‖ probability))``, of heads and tails.
+    """
+    assert targets.counts is not None, "frequencies come with counts"
+    entry_of = np.repeat(np.arange(len(targets)), targets.num_entries)
+    num_draws = np.bincount(entry_of, targets.counts[:, 0], len(targets))
+    frequency = np.zeros(len(targets))
+    frequency[position] = targets.counts[hit, 0] / num_draws[position]
+    label = targets.label_logprobs.astype(np.float64)
+    nearest = np.clip(frequency, np.exp(label - tolerance), np.exp(np.minimum(label + tolerance, 0)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        heads = np.where(frequency > 0, frequency * np.log(frequency / nearest), 0)
+        tails = np.where(frequency < 1, (1 - frequency) * np.log((1 - frequency) / (1 - nearest)), 0)
+    likely = num_draws * (heads + tails) <= UNLIKELY_NATS
+    return np.asarray(~likely)

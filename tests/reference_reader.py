@@ -76,7 +76,7 @@ def read_row(columns, spec, tables):
     assert hashed.intdigest() == columns["content_hash"] and len(ids) == length
     n = int(mask[1:].sum())
     read = read_exact if spec["codec"]["name"] == "exact" else read_packed
-    said = read(array, n, spec, columns)
+    said = read(array, n, spec)
     if tables is not None:
         before = np.repeat(ids[:-1][mask[1:]], said["num_entries"])
         plain = [token_id(int(code), int(token), tables) for code, token in zip(said["token_ids"], before, strict=True)]
@@ -86,31 +86,53 @@ def read_row(columns, spec, tables):
     return {"input_ids": ids, "loss_mask": mask, "document_starts": starts, **said}
 
 
-def counts_of(array, spec, total, columns):
+def counts_of(array, spec, total):
     """Draws ``[temperatures, E]``, or nothing."""
-    if "counts" not in columns:
+    if not spec["targets"]["num_draws"]:
         return None
-    dtype = "u1" if spec["targets"]["num_draws"] < 256 else "<u2"
-    return array("counts", dtype).reshape(len(spec["targets"]["temperatures"]), total).astype(np.uint16)
+    dtype, num_temperatures = (
+        "u1" if spec["targets"]["num_draws"] < 256 else "<u2",
+        len(spec["targets"]["temperatures"]),
+    )
+    if spec["codec"]["name"] == "exact":
+        return array("counts", dtype).reshape(num_temperatures, total).astype(int)
+    pairs, beyond = array("counts", "u1"), iter(array("count_escapes", dtype))
+    halves = [*(pairs & 15), *(pairs >> 4)][: num_temperatures * total]
+    counts = [int(half) + (int(next(beyond)) if half == 15 else 0) for half in halves]
+    return np.array(counts, dtype=int).reshape(num_temperatures, total)
 
 
-def read_exact(array, n, spec, columns):
+def with_frequencies(said):
+    """What a row says where nothing but counts is kept of its entries."""
+    n = len(said["num_entries"])
+    row = np.repeat(np.arange(n), said["num_entries"])
+    counts = said["counts"][:, 0]
+    logprobs = np.log(counts / np.bincount(row, counts, n)[row])
+    return said | {"logprobs": logprobs, "tails": np.full((n, 1), -np.inf), "logz": np.zeros(n)}
+
+
+def read_exact(array, n, spec):
     """Codec ``exact``."""
     num_entries = array("num_entries", "<u4")
-    out = {"num_entries": num_entries, "token_ids": array("token_ids", "<u4"), "logprobs": array("logprobs", "<f4"),
-           "tails": array("tails", "<f4").reshape(n, -1), "logz": array("logz", "<f4"),
+    out = {"num_entries": num_entries, "token_ids": array("token_ids", "<u4"),
            "label_logprobs": array("label_logprobs", "<f4"), "entropy": array("entropy", "<f4")}  # fmt: skip
-    counts = counts_of(array, spec, int(num_entries.sum()), columns)
+    counts = counts_of(array, spec, int(num_entries.sum()))
     if counts is not None:
         out["counts"] = counts.T
-    if "hidden" in columns:
+    if spec["targets"]["scheme"] == "hidden":
         bf16 = spec["teacher"]["dtype"] == "bfloat16"
         raw = array("hidden", "<u2" if bf16 else "<f4").reshape(n, -1)
         out["hidden"] = (raw.astype("<u4") << 16).view("<f4") if bf16 else raw
-    return out
+    if spec["targets"]["frequencies"]:
+        return with_frequencies(out)
+    return out | {
+        "logprobs": array("logprobs", "<f4"),
+        "tails": array("tails", "<f4").reshape(n, -1),
+        "logz": array("logz", "<f4"),
+    }
 
 
-def read_packed(array, n, spec, columns):
+def read_packed(array, n, spec):
     """Codec ``packed``, an entry at a time."""
     step, growth = spec["codec"]["step"], spec["codec"]["growth"]
     level = [0.0]
@@ -118,42 +140,59 @@ def read_packed(array, n, spec, columns):
         level.append(level[-1] + min(step * np.exp(growth * level[-1]), 1.0))
     narrow = max_entries(spec["targets"], spec["teacher"]["vocab_size"]) <= 255
     num_entries = array("num_entries", "u1" if narrow else "<u4").astype(int)
-    symbols, low, escapes = array("id_symbols", "u1"), iter(array("id_low", "u1")), iter(array("id_escapes", "<u4"))
-    stored, lowest = iter(array("levels", "u1")), array("lowest_level", "u1")
-    counts = counts_of(array, spec, len(symbols), columns)
-    by_count = sorted(range(n), key=lambda row: -num_entries[row])
-    rows = [[] for _ in range(n)]
-    place = 0
-    for rank in range(max(num_entries, default=0)):
-        for row in by_count:
-            if rank >= num_entries[row]:
-                continue
-            symbol, last = int(symbols[place]), rows[row][-1][0] if rows[row] else -1
-            gap = (
-                symbol
-                if symbol < 60
-                else int(next(escapes))
-                if symbol == 255
-                else 60 + ((symbol - 60) << 8) + int(next(low))
-            )
-            drawn = None if counts is None else counts[:, place]
-            rows[row].append((last + gap + 1, -level[int(lowest[row]) - int(next(stored))], drawn))
-            place += 1
-    tails = log_tails(array("tails", "u1").reshape(-1, n).T)
-    logprobs = []
-    for row, tail in zip(rows, tails[:, 0], strict=True):
-        scores = np.array([logprob for _, logprob, _ in row])
-        if row:
-            logprobs.append(scores - np.log(np.exp(scores).sum()) + np.log(-np.expm1(tail)))
+    symbols, low, escapes = (
+        iter(array("id_symbols", "u1")),
+        iter(array("id_low", "u1")),
+        iter(array("id_escapes", "<u4")),
+    )
+    ids = [[] for _ in range(n)]
+    if spec["codec"]["id_tables"] is not None and not spec["targets"]["num_draws"]:
+        bits = np.unpackbits(array("id_bits", "u1").reshape(16, n).T, axis=1)
+        ids = [np.flatnonzero(row).tolist() for row in bits]
+    lasts = [127 if spec["codec"]["id_tables"] is not None and not spec["targets"]["num_draws"] else -1] * n
+    rest = [int(number) - len(row) for number, row in zip(num_entries, ids, strict=True)]
+    for row in by_rank(rest):
+        symbol = int(next(symbols))
+        gap = (
+            symbol
+            if symbol < 60
+            else int(next(escapes))
+            if symbol == 255
+            else 60 + ((symbol - 60) << 8) + int(next(low))
+        )
+        lasts[row] += gap + 1
+        ids[row].append(lasts[row])
     out = {
-        "num_entries": num_entries, "token_ids": np.array([e[0] for row in rows for e in row]),
-        "logprobs": np.concatenate([[], *logprobs]), "tails": tails,
-        "logz": array("logz", "u1").reshape(2, -1).T.copy().view("<i2").ravel() / 8,
+        "num_entries": num_entries, "token_ids": np.array([token for row in ids for token in row]),
         "label_logprobs": -np.array(level)[array("label_levels", "u1")], "entropy": array("entropy", "u1") / 8,
     }  # fmt: skip
+    counts = counts_of(array, spec, int(num_entries.sum()))
     if counts is not None:
-        out["counts"] = np.array([e[2] for row in rows for e in row])
-    return out
+        drawn = [[] for _ in range(n)]
+        for place, row in enumerate(by_rank(num_entries)):
+            drawn[row].append(counts[:, place])
+        out["counts"] = np.array([each for row in drawn for each in row])
+    if spec["targets"]["frequencies"]:
+        return with_frequencies(out)
+    stored, lowest = iter(array("levels", "u1")), array("lowest_level", "u1")
+    scores = [[] for _ in range(n)]
+    for row in by_rank(num_entries):
+        scores[row].append(-level[int(lowest[row]) - int(next(stored))])
+    tails = log_tails(array("tails", "u1").reshape(-1, n).T)
+    logprobs = [
+        np.array(row) - np.log(np.exp(row).sum()) + np.log(-np.expm1(tail))
+        for row, tail in zip(scores, tails[:, 0], strict=True)
+        if row
+    ]
+    logz = array("logz", "u1").reshape(2, -1).T.copy().view("<i2").ravel() / 8
+    return out | {"logprobs": np.concatenate([[], *logprobs]), "tails": tails, "logz": logz}
+
+
+def by_rank(num_entries):
+    """The row of each entry in the order in which they are stored."""
+    by_count = sorted(range(len(num_entries)), key=lambda row: -num_entries[row])
+    for rank in range(max(num_entries, default=0)):
+        yield from (row for row in by_count if rank < num_entries[row])
 
 
 def max_entries(targets, vocab_size):

@@ -132,6 +132,25 @@ def sparse_targets(
     )
 
 
+def frequencies_of(drawn: np.ndarray, entropy: float, label_logprobs: np.ndarray | None = None) -> SparseTargets:
+    """Targets of which only the counts are kept, from the token ids ``[N, num_draws]`` that were drawn; the plain form."""
+    n, num_draws = drawn.shape
+    pairs = [np.unique(row, return_counts=True) for row in drawn]
+    counts = np.concatenate([count for _, count in pairs])
+    return SparseTargets(
+        temperatures=(1.0,),
+        num_entries=np.array([len(ids) for ids, _ in pairs], dtype=np.uint32),
+        token_ids=np.concatenate([ids for ids, _ in pairs]).astype(np.uint32),
+        logprobs=np.log(counts / num_draws).astype(np.float32),
+        tail_logprobs=np.full((n, 1), -np.inf, dtype=np.float32),
+        logz=np.zeros(n, dtype=np.float32),
+        label_logprobs=np.full(n, -1, dtype=np.float32) if label_logprobs is None else label_logprobs,
+        entropy=np.full(n, entropy, dtype=np.float32),
+        counts=counts.astype(np.uint16)[:, None],
+        frequencies=True,
+    )
+
+
 # --- small caches -----------------------------------------------------------------------------------------------------
 
 DIGEST = "0123456789abcdef" * 2

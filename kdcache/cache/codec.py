@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -44,7 +45,7 @@ class CompactTargets:
         num_entries: ``[N]``.
         token_ids: ``[E]``.
         values: ``[E]`` float32 logprobs, or uint8 indices into ``value_table``.
-        value_table: ``[256]`` float32, or None where ``values`` are logprobs already.
+        value_table: ``[256]`` float32, or None where ``values`` are logprobs already (not normalised, of frequencies).
         tails: ``[N, num_temperatures]`` float32 log tail masses, or uint8 indices into ``tail_table``.
         tail_table: ``[num_temperatures, 256]`` float32 or None.
         logz: ``[N]`` float32.
@@ -53,6 +54,7 @@ class CompactTargets:
         hidden: ``[N, D]`` float32, or uint16 holding bfloat16 bits, or None.
         counts: ``[E, num_temperatures]`` uint16, draws of each entry, or None.
         ascending: Whether token ids ascend inside a position; those that were renumbered come in the order of their codes.
+        frequencies: As in :class:`~kdcache.targets.SparseTargets`.
     """
 
     num_entries: UIntArray
@@ -67,6 +69,7 @@ class CompactTargets:
     hidden: FloatArray | npt.NDArray[np.uint16] | None = None
     counts: CountArray | None = None
     ascending: bool = True
+    frequencies: bool = False
 
     def expand(self, temperatures: tuple[float, ...]) -> SparseTargets:
         """Integers to logprobs, the plain numpy form of what ``kdcache.train`` does on the device; ids ascend.
@@ -80,14 +83,15 @@ class CompactTargets:
             else np.take_along_axis(self.tail_table.T, self.tails.astype(np.intp), axis=0)
         )
         tails = np.asarray(tails, dtype=np.float32)
-        if self.value_table is None:
-            logprobs = np.asarray(self.values, dtype=np.float32)
-        else:
-            logprobs = rescale_entries(self.value_table[self.values], tails[:, 0], self.num_entries)
+        logprobs = np.asarray(
+            self.values if self.value_table is None else self.value_table[self.values], dtype=np.float32
+        )
+        if self.value_table is not None or self.frequencies:
+            logprobs = rescale_entries(logprobs, tails[:, 0], self.num_entries)
         hidden = None if self.hidden is None else bfloat16_to_float(self.hidden)
         targets = SparseTargets(
             temperatures, self.num_entries, self.token_ids, logprobs, tails,
-            self.logz, self.label_logprobs, self.entropy, hidden, self.counts,
+            self.logz, self.label_logprobs, self.entropy, hidden, self.counts, self.frequencies,
         )  # fmt: skip
         return targets if self.ascending else ascending(targets)
 
@@ -103,6 +107,7 @@ class Codec:
         max_entries: Largest number of entries at a position.
         levels: Of logprobs (packed).
         num_draws: Draws a position and temperature of the schemes that draw, else 0.
+        frequencies: Whether only the counts of drawn entries are kept.
         hidden_size: D of the ``hidden`` scheme, else 0.
         hidden_dtype: What hidden states are stored as.
         id_tables: A renumbering of token ids by the token before (packed), or None.
@@ -114,6 +119,7 @@ class Codec:
     max_entries: int
     levels: packed.Levels = packed.STANDARD
     num_draws: int = 0
+    frequencies: bool = False
     hidden_size: int = 0
     hidden_dtype: Literal["float32", "bfloat16"] = "float32"
     id_tables: IdTables | None = None
@@ -139,7 +145,10 @@ class Codec:
         if self.hidden_size:
             assert targets.hidden is not None, "the hidden scheme stores hidden states"
             arrays["hidden"] = float_to_bfloat16(targets.hidden) if self.hidden_dtype == "bfloat16" else targets.hidden
-        return {name: compress(array, block_bytes=self._block_bytes(name, array)) for name, array in arrays.items()}
+        return {
+            name: compress(arrays[name], block_bytes=self._block_bytes(name, arrays[name]))
+            for name in self.column_names
+        }
 
     def _block_bytes(self, name: str, array: npt.NDArray[Any]) -> int | None:
         if self.name == "packed" and name in packed.BLOCK_A_ROW:
@@ -159,6 +168,8 @@ class Codec:
             or not (targets.tail_logprobs <= MAX_LOGPROB).all()
         ):
             raise TeacherOutputError("a logprob that is not finite and at most 0 cannot be stored")
+        if targets.frequencies and not self.frequencies:
+            raise ValueError("logprobs of the entries are not known, and the codec keeps them")
         if (targets.counts is not None) != (self.num_draws > 0):
             raise ValueError(f"counts of a scheme with {self.num_draws} draws")
         if targets.counts is not None and int(targets.counts.max(initial=0)) > self.num_draws:
@@ -194,8 +205,19 @@ class Codec:
     @property
     def column_names(self) -> tuple[str, ...]:
         """Names of the columns that :meth:`encode` gives."""
-        counts = ("counts",) if self.num_draws else ()
-        return _COLUMNS[self.name] + counts + (("hidden",) if self.hidden_size else ())
+        names = _COLUMNS[self.name]
+        if self.frequencies:
+            names = tuple(name for name in names if name not in _UNKNOWN_TO_FREQUENCIES)
+        if self.has_bits:
+            names += ("id_bits",)
+        if self.num_draws:
+            names += ("counts",) if self.name == "exact" else ("counts", "count_escapes")
+        return names + (("hidden",) if self.hidden_size else ())
+
+    @property
+    def has_bits(self) -> bool:
+        """Whether the smallest ids are kept as bits: where they are renumbered, and many of a position are kept."""
+        return self.id_tables is not None and not self.num_draws
 
     @property
     def _count_dtype(self) -> type[np.uint8] | type[np.uint16]:
@@ -207,10 +229,12 @@ class Codec:
         exact: rounding of float32. packed: a step and a half of the level (half a step of rounding, one more where an entry
         had to make room so that the teacher's first choice stays first); what rescaling all K entries of mass M together
         can shift, at most ``0.65 step (K / M)^growth`` by Hoelder's inequality, with M no less than the entry itself; and
-        the tail's own error.
+        the tail's own error. Of frequencies only the label has a logprob: a step.
         """
         if self.name == "exact":
             return np.full_like(logprobs, 1e-5)
+        if self.frequencies:
+            return self.levels.step_at(-logprobs + packed.LEVEL_MAX_STEP)
         step = self.levels.step_at(-logprobs + packed.LEVEL_MAX_STEP)
         together = self.levels.step * (self.max_entries * np.exp(-logprobs)) ** self.levels.growth
         shift = 0.65 * np.minimum(together, packed.LEVEL_MAX_STEP)
@@ -218,24 +242,36 @@ class Codec:
 
     def tables(self) -> tuple[FloatArray | None, FloatArray | None]:
         """Value table ``[256]`` and tail table ``[num_temperatures, 256]`` of this codec's compact targets, or None."""
+        if self.frequencies:
+            return (_log_counts() if self.num_draws < 256 else None), None
         if self.name == "exact":
             return None, None
         return -self.levels.table, packed.tail_table(len(self.temperatures))
+
+
+@cache
+def _log_counts() -> FloatArray:
+    """``[256]``: log of a count; read-only. The first is of no use, and finite."""
+    table: FloatArray = np.log(np.maximum(np.arange(256), 1)).astype(np.float32)
+    table.setflags(write=False)
+    return table
 
 
 # --- exact ------------------------------------------------------------------------------------------------------------
 
 
 def _encode_exact(codec: Codec, targets: SparseTargets) -> dict[str, npt.NDArray[Any]]:
-    return {
+    arrays: dict[str, npt.NDArray[Any]] = {
         "num_entries": targets.num_entries,
         "token_ids": targets.token_ids,
-        "logprobs": targets.logprobs,
-        "tails": targets.tail_logprobs,
-        "logz": targets.logz,
         "label_logprobs": targets.label_logprobs,
         "entropy": targets.entropy,
-    } | _counts_column(codec, targets.counts)
+    }
+    if not codec.frequencies:
+        arrays |= {"logprobs": targets.logprobs, "tails": targets.tail_logprobs, "logz": targets.logz}
+    if targets.counts is not None:
+        arrays["counts"] = np.ascontiguousarray(targets.counts.T.astype(codec._count_dtype))
+    return arrays
 
 
 def _decode_exact(codec: Codec, frames: Frames, n: int, where: str) -> CompactTargets:
@@ -244,26 +280,28 @@ def _decode_exact(codec: Codec, frames: Frames, n: int, where: str) -> CompactTa
 
     num_entries = _read_num_entries(codec, frames, n, where, np.uint32)
     total = int(num_entries.sum(dtype=np.int64))
+    token_ids = cast(UIntArray, read_array(frames["token_ids"], np.uint32, what=f"{where}, token_ids", count=total))
+    label_logprobs, entropy = floats("label_logprobs", n), floats("entropy", n)
+    counts = _read_counts(codec, frames, total, where)
+    known: dict[str, Any] = {
+        "num_entries": num_entries,
+        "token_ids": token_ids,
+        "label_logprobs": label_logprobs,
+        "entropy": entropy,
+        "hidden": _read_hidden(codec, frames, n, where),
+        "counts": counts,
+    }
+    if not (_all_logprobs(label_logprobs) and np.isfinite(entropy).all()):
+        raise CacheCorruptError(f"{where}: a label's logprob or an entropy that cannot be")
+    if counts is not None and codec.frequencies:
+        return CompactTargets(**known, **_frequencies(codec, counts, num_entries, where))
+    logprobs, logz = floats("logprobs", total), floats("logz", n)
     tails = floats("tails", n * len(codec.temperatures)).reshape(n, len(codec.temperatures))
-    logprobs, label_logprobs = floats("logprobs", total), floats("label_logprobs", n)
-    logz, entropy = floats("logz", n), floats("entropy", n)
-    if not _all_logprobs(logprobs, label_logprobs) or not (tails <= MAX_LOGPROB).all():
+    if not _all_logprobs(logprobs) or not (tails <= MAX_LOGPROB).all():
         raise CacheCorruptError(f"{where}: a logprob that is not finite and at most 0")
-    if not (np.isfinite(logz).all() and np.isfinite(entropy).all()):
-        raise CacheCorruptError(f"{where}: a log-normaliser or an entropy that is not finite")
-    return CompactTargets(
-        num_entries=num_entries,
-        token_ids=cast(UIntArray, read_array(frames["token_ids"], np.uint32, what=f"{where}, token_ids", count=total)),
-        values=logprobs,
-        value_table=None,
-        tails=tails,
-        tail_table=None,
-        logz=logz,
-        label_logprobs=label_logprobs,
-        entropy=entropy,
-        hidden=_read_hidden(codec, frames, n, where),
-        counts=_read_counts(codec, frames, total, where),
-    )
+    if not np.isfinite(logz).all():
+        raise CacheCorruptError(f"{where}: a log-normaliser that is not finite")
+    return CompactTargets(**known, values=logprobs, value_table=None, tails=tails, tail_table=None, logz=logz)
 
 
 # --- packed -----------------------------------------------------------------------------------------------------------
@@ -276,20 +314,27 @@ def _encode_packed(codec: Codec, targets: SparseTargets) -> dict[str, npt.NDArra
             hint="dump with --codec exact",
         )
     order = packed.ColumnOrder(targets.num_entries)
-    symbols, low, escapes = packed.encode_gaps(order.to_columns(packed.id_gaps(targets)))
-    levels, lowest = packed.quantise(codec.levels, targets)
-    return {
+    arrays: dict[str, npt.NDArray[Any]] = {
         "num_entries": targets.num_entries.astype(np.uint8 if codec.max_entries < 256 else np.uint32),
-        "id_symbols": symbols,
-        "id_low": low,
-        "id_escapes": escapes,
-        "levels": order.to_columns(levels),
-        "lowest_level": lowest,
-        "tails": packed.encode_tails(targets.tail_logprobs),
-        "logz": packed.encode_logz(targets.logz),
         "label_levels": codec.levels.nearest(-targets.label_logprobs),
         "entropy": np.clip(np.rint(targets.entropy / packed.ENTROPY_STEP), 0, 255).astype(np.uint8),
-    } | _counts_column(codec, None if targets.counts is None else order.to_columns(targets.counts))
+    }
+    if codec.has_bits:
+        arrays["id_bits"], ids, num_rest = packed.split_ids(targets.token_ids, targets.num_entries)
+        gaps = packed.ColumnOrder(num_rest).to_columns(packed.id_gaps(ids, num_rest))
+    else:
+        gaps = order.to_columns(packed.id_gaps(targets.token_ids, targets.num_entries))
+    arrays["id_symbols"], arrays["id_low"], arrays["id_escapes"] = packed.encode_gaps(gaps)
+    if not codec.frequencies:
+        levels, arrays["lowest_level"] = packed.quantise(codec.levels, targets)
+        arrays["levels"] = order.to_columns(levels)
+        arrays["tails"] = packed.encode_tails(targets.tail_logprobs)
+        arrays["logz"] = packed.encode_logz(targets.logz)
+    if targets.counts is not None:
+        columns = [order.to_columns(targets.counts[:, t]) for t in range(len(codec.temperatures))]
+        pairs, escapes = packed.encode_counts(np.concatenate(columns))
+        arrays |= {"counts": pairs, "count_escapes": escapes.astype(codec._count_dtype)}
+    return arrays
 
 
 def _decode_packed(codec: Codec, frames: Frames, n: int, where: str) -> CompactTargets:
@@ -299,36 +344,57 @@ def _decode_packed(codec: Codec, frames: Frames, n: int, where: str) -> CompactT
     num_entries = _read_num_entries(codec, frames, n, where, np.uint8 if codec.max_entries < 256 else np.uint32)
     total = int(num_entries.sum(dtype=np.int64))
     order = packed.ColumnOrder(num_entries)
-    symbols = read("id_symbols", total)
-    num_escapes = int(np.count_nonzero(symbols == packed.GAP_ESCAPE))
-    num_low = int(np.count_nonzero(symbols >= packed.GAP_SMALL)) - num_escapes
-    gaps = packed.decode_gaps(
-        symbols, read("id_low", num_low), cast(UIntArray, read("id_escapes", num_escapes, np.uint32))
-    )
-    token_ids = order.ids_from_gaps(gaps, num_entries)
+    if codec.has_bits:
+        few, num_few = packed.ids_from_bits(read("id_bits", n * packed.NUM_BITS // 8), n)
+        if (num_few > num_entries).any():
+            raise CacheCorruptError(f"{where}, id_bits: more ids at a position than it has entries")
+        num_rest = num_entries - num_few
+        rest = _read_ids(frames, packed.ColumnOrder(num_rest), num_rest, where)
+        token_ids = packed.join_ids(few, num_few, rest, num_rest)
+    else:
+        token_ids = _read_ids(frames, order, num_entries, where)
     if len(token_ids) and int(token_ids.max()) > np.iinfo(np.uint32).max:
         raise CacheCorruptError(f"{where}, id_symbols: token ids past 2^32")
-    lowest = read("lowest_level", n)
-    below = order.to_rows(read("levels", total))
     counts = _read_counts(codec, frames, total, where)
-    ceiling = np.repeat(lowest, num_entries)
+    if counts is not None:
+        columns = [order.to_rows(counts[:, t]) for t in range(len(codec.temperatures))]
+        counts = np.stack(columns, axis=1)
+    known: dict[str, Any] = {
+        "num_entries": num_entries,
+        "token_ids": token_ids.astype(np.uint32),
+        "label_logprobs": -codec.levels.table[read("label_levels", n)],
+        "entropy": (read("entropy", n) * packed.ENTROPY_STEP).astype(np.float32),
+        "hidden": _read_hidden(codec, frames, n, where),
+        "counts": counts,
+    }
+    if counts is not None and codec.frequencies:
+        return CompactTargets(**known, **_frequencies(codec, counts, num_entries, where))
+    below = order.to_rows(read("levels", total))
+    ceiling = np.repeat(read("lowest_level", n), num_entries)
     if (below > ceiling).any():
         raise CacheCorruptError(f"{where}, levels: a level below zero")
     num_temperatures = len(codec.temperatures)
-    table = codec.levels.table
     return CompactTargets(
-        num_entries=num_entries,
-        token_ids=token_ids.astype(np.uint32),
+        **known,
         values=ceiling - below,
-        value_table=-table,
+        value_table=-codec.levels.table,
         tails=read("tails", n * num_temperatures).reshape(num_temperatures, n).T,
         tail_table=packed.tail_table(num_temperatures),
         logz=packed.decode_logz(read("logz", 2 * n)),
-        label_logprobs=-table[read("label_levels", n)],
-        entropy=(read("entropy", n) * packed.ENTROPY_STEP).astype(np.float32),
-        hidden=_read_hidden(codec, frames, n, where),
-        counts=None if counts is None else order.to_rows(counts),
     )
+
+
+def _read_ids(frames: Frames, order: packed.ColumnOrder, num_entries: UIntArray, where: str) -> npt.NDArray[np.int64]:
+    """Ids out of their gaps, position by position."""
+
+    def read(name: str, count: int, dtype: npt.DTypeLike = np.uint8) -> npt.NDArray[Any]:
+        return read_array(frames[name], dtype, what=f"{where}, {name}", count=count)
+
+    symbols = read("id_symbols", int(num_entries.sum(dtype=np.int64)))
+    num_escapes = int(np.count_nonzero(symbols == packed.GAP_ESCAPE))
+    num_low = int(np.count_nonzero(symbols >= packed.GAP_SMALL)) - num_escapes
+    escapes = cast(UIntArray, read("id_escapes", num_escapes, np.uint32))
+    return order.ids_from_gaps(packed.decode_gaps(symbols, read("id_low", num_low), escapes))
 
 
 # --- shared -----------------------------------------------------------------------------------------------------------
@@ -347,20 +413,51 @@ def _read_num_entries(codec: Codec, frames: Frames, n: int, where: str, dtype: n
     return num_entries
 
 
-def _counts_column(codec: Codec, counts: CountArray | None) -> dict[str, npt.NDArray[Any]]:
-    """Draws by temperature and entry, for schemes that draw."""
-    return {} if counts is None else {"counts": np.ascontiguousarray(counts.T.astype(codec._count_dtype))}
-
-
 def _read_counts(codec: Codec, frames: Frames, total: int, where: str) -> CountArray | None:
     """``[E, num_temperatures]``, entries in the order of the column."""
     if not codec.num_draws:
         return None
-    count = total * len(codec.temperatures)
-    stored = read_array(frames["counts"], codec._count_dtype, what=f"{where}, counts", count=count)
+    count, dtype = total * len(codec.temperatures), codec._count_dtype
+    if codec.name == "exact":
+        stored = read_array(frames["counts"], dtype, what=f"{where}, counts", count=count).astype(np.uint16)
+    else:
+        pairs = read_array(frames["counts"], np.uint8, what=f"{where}, counts", count=(count + 1) // 2)
+        stored = packed.small_counts(cast(npt.NDArray[np.uint8], pairs), count)
+        large = np.flatnonzero(stored == packed.COUNT_ESCAPE)
+        beyond = read_array(frames["count_escapes"], dtype, what=f"{where}, count_escapes", count=len(large))
+        if int(beyond.max(initial=0)) > codec.num_draws:
+            raise CacheCorruptError(
+                f"{where}: an entry drawn more than {beyond.max()} times in {codec.num_draws} draws"
+            )
+        stored[large] += beyond.astype(np.uint16)
     if int(stored.max(initial=0)) > codec.num_draws:
         raise CacheCorruptError(f"{where}: an entry drawn {stored.max()} times in {codec.num_draws} draws")
-    return stored.reshape(len(codec.temperatures), total).T.astype(np.uint16)
+    return stored.reshape(len(codec.temperatures), total).T
+
+
+def _frequencies(codec: Codec, counts: CountArray, num_entries: UIntArray, where: str) -> dict[str, Any]:
+    """What stands in the place of logprobs, tails and log-normalisers where only counts are known.
+
+    ``log(counts)``, which need only be normalised; nothing left out; zeros.
+    """
+    n, values = len(num_entries), counts[:, 0]
+    sound = bool(values.all() and num_entries.all())
+    if sound and n:
+        num_drawn = np.add.reduceat(values, np.cumsum(num_entries, dtype=np.int64) - num_entries, dtype=np.int64)
+        sound = bool((num_drawn == codec.num_draws).all())
+    if not sound:
+        raise CacheCorruptError(
+            f"{where}, counts: {codec.num_draws} draws at each position were expected, of entries drawn at least once"
+        )
+    table, _ = codec.tables()
+    return {
+        "values": np.log(values).astype(np.float32) if table is None else values.astype(np.uint8),
+        "value_table": table,
+        "tails": np.full((n, 1), -np.inf, dtype=np.float32),
+        "tail_table": None,
+        "logz": np.zeros(n, dtype=np.float32),
+        "frequencies": True,
+    }
 
 
 def _read_hidden(codec: Codec, frames: Frames, n: int, where: str) -> FloatArray | npt.NDArray[np.uint16] | None:
@@ -389,6 +486,7 @@ _Encoder = Callable[[Codec, SparseTargets], dict[str, npt.NDArray[Any]]]
 _Decoder = Callable[[Codec, Frames, int, str], CompactTargets]
 _ENCODERS: dict[str, _Encoder] = {"exact": _encode_exact, "packed": _encode_packed}
 _DECODERS: dict[str, _Decoder] = {"exact": _decode_exact, "packed": _decode_packed}
+_UNKNOWN_TO_FREQUENCIES = ("logprobs", "levels", "lowest_level", "tails", "logz")
 _COLUMNS: dict[str, tuple[str, ...]] = {
     "exact": ("num_entries", "token_ids", "logprobs", "tails", "logz", "label_logprobs", "entropy"),
     "packed": ("num_entries", "id_symbols", "id_low", "id_escapes", "levels", "lowest_level", "tails", "logz",

@@ -98,6 +98,7 @@ class CacheSpec(Record):
             temperatures=self.targets.temperatures,
             max_entries=self.targets.max_entries,
             num_draws=self.targets.num_draws,
+            frequencies=self.targets.frequencies,
             levels=Levels(self.codec.step, self.codec.growth),
             hidden_size=self.teacher.hidden_size if hidden else 0,
             hidden_dtype="bfloat16" if self.teacher.dtype == "bfloat16" else "float32",

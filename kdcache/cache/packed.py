@@ -17,22 +17,29 @@ from kdcache.errors import ConfigError
 from kdcache.targets import FloatArray, SparseTargets, UIntArray
 
 LEVEL_MAX_STEP = 1.0
-# Levels are found by a grid of so many cells a nat, in which no two borders may share a cell.
-GRID_CELLS = 512
-FINEST_STEP = 1 / 128
+# Levels are found by a grid of so many cells a nat, a small part of the finest step.
+GRID_CELLS = 1024
 # A tail is one byte of log-odds; 0 says that there is no tail. Steps are fine where tail and head are both large,
 # and reach far enough for a teacher that knows nothing (a few entries of 2^20 equal ones).
 TAIL_LOG_ODDS = np.concatenate([np.arange(-12, -6, 1 / 4), np.arange(-6, 3, 1 / 16), 3 + np.arange(87) / 8])
 TAIL_ERROR = 1 / 16
+# Every border between two of them is a multiple of one cell.
+TAIL_CELLS = 32
 # Log-normalisers are integers of so many nats: what a training run may ask of them is their scale, not their digits.
 LOGZ_STEP = 1 / 8
 LARGEST_LOGZ = 4095.0
 ENTROPY_STEP = 1 / 8
 # Columns whose bytes change along the way: gaps between ids grow with the rank of an entry, and so do levels.
-BLOCK_BYTES = {"id_symbols": 4096, "levels": 16384}
-BLOCK_A_ROW = {"tails", "logz", "counts"}
+BLOCK_BYTES = {"id_bits": 2048, "id_symbols": 4096, "levels": 16384}
+BLOCK_A_ROW = {"tails", "logz"}
 # Gaps below SMALL take one byte, others a byte and a low byte, those past the escape four bytes more.
 GAP_SMALL, GAP_ESCAPE = 60, 255
+# Renumbered ids below this hold about half of what is kept: a bit for each, there or not.
+NUM_BITS = 128
+# A rectangle with holes has at most so many slots an entry.
+MAX_HOLES = 4
+# Draws of an entry take half a byte; from here on the rest follows elsewhere.
+COUNT_ESCAPE = 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +63,10 @@ class Levels:
         return table
 
     def nearest(self, depths: FloatArray) -> npt.NDArray[np.uint8]:
-        """The nearest level of each ``-logprob``: ``nearest(self.table, depths)``, by a grid finer than any step."""
-        grid, middles = _level_grid(self)
-        cells = np.clip(depths * np.float32(GRID_CELLS), 0, len(grid) - 1).astype(np.int32)
-        below: npt.NDArray[np.uint8] = grid[cells]
-        return below + (depths > middles[below])
+        """The nearest level of each ``-logprob``, to a cell of the grid; those past the last level have the last."""
+        cells = (depths * np.float32(GRID_CELLS)).astype(np.intp)
+        levels: npt.NDArray[np.uint8] = _level_grid(self).take(cells, mode="clip")
+        return levels
 
     def step_at(self, depth: FloatArray) -> FloatArray:
         """The step that a level at ``depth`` nats can lie above the one before it, in nats."""
@@ -82,13 +88,10 @@ def _level_table(levels: Levels) -> FloatArray:
 
 
 @cache
-def _level_grid(levels: Levels) -> tuple[npt.NDArray[np.uint8], FloatArray]:
-    """The level at the start of each cell, and where each level gives way to the next; a cell holds at most one such border."""
-    assert levels.step >= FINEST_STEP, "the plan's step has a lower bound"
+def _level_grid(levels: Levels) -> npt.NDArray[np.uint8]:
+    """The level nearest to the middle of each cell."""
     table = _level_table(levels)
-    middles = np.append((table[1:] + table[:-1]) / 2, np.inf).astype(np.float32)
-    starts = np.arange(int(table[-1]) * GRID_CELLS + 1) / GRID_CELLS
-    return np.searchsorted(middles[:-1], starts).astype(np.uint8), middles
+    return nearest(table, (np.arange(math.ceil(table[-1]) * GRID_CELLS + 1) + 0.5) / GRID_CELLS)
 
 
 @cache
@@ -104,7 +107,7 @@ class ColumnOrder:
     """Entries by rank inside the position first, then by position: neighbours in a frame then look alike.
 
     Positions are taken by falling number of entries, so that the entries of one rank are a prefix of them. Where all have the
-    same number this is a transposed rectangle.
+    same number this is a transposed rectangle; where most have nearly the largest, one with holes.
 
     Args:
         num_entries: ``[N]``.
@@ -112,40 +115,66 @@ class ColumnOrder:
 
     def __init__(self, num_entries: UIntArray) -> None:
         counts = num_entries.astype(np.int64)
-        self._k = int(counts.max(initial=0))
+        self._k, self._counts = int(counts.max(initial=0)), counts
         self.is_rectangle = bool((counts == self._k).all())
-        if not self.is_rectangle:
-            offsets = np.cumsum(counts) - counts
-            by_count = np.argsort(-counts, kind="stable")
-            ranks = np.arange(self._k)[:, None]
-            self._entries = (offsets[by_count] + ranks)[ranks < counts[by_count]]
+        self._has_holes = not self.is_rectangle and self._k * len(counts) <= MAX_HOLES * int(counts.sum())
+        if self.is_rectangle:
+            return
+        # numpy sorts 16 bits by their digits.
+        narrow: npt.NDArray[Any] = counts.astype(np.uint16) if self._k < 1 << 16 else counts
+        self._by_count = np.argsort(self._k - narrow, kind="stable")
+        ranks: npt.NDArray[Any] = np.arange(self._k).astype(narrow.dtype)
+        in_columns = ranks[:, None] < narrow[self._by_count]
+        if self._has_holes:
+            self._in_rows, self._in_columns = ranks < narrow[:, None], in_columns
+        else:
+            starts = (np.cumsum(counts) - counts)[self._by_count]
+            self._entries = (starts + np.arange(self._k)[:, None])[in_columns]
 
     def to_columns(self, entries: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """``[E]`` (or ``[E, ...]``) in the order of the targets, into that of the columns."""
+        """``[E]`` in the order of the targets, into that of the columns."""
         if self.is_rectangle:
-            rectangle = entries.reshape(-1, max(self._k, 1), *entries.shape[1:])
-            return rectangle.swapaxes(0, 1).reshape(entries.shape)
-        columns: npt.NDArray[Any] = entries[self._entries]
+            return entries.reshape(-1, max(self._k, 1)).T.ravel()
+        if not self._has_holes:
+            columns: npt.NDArray[Any] = entries[self._entries]
+            return columns
+        rows = np.zeros(self._in_rows.shape, dtype=entries.dtype)
+        rows[self._in_rows] = entries
+        columns = np.ascontiguousarray(rows[self._by_count].T)[self._in_columns]
         return columns
 
     def to_rows(self, columns: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Undo :meth:`to_columns`."""
         if self.is_rectangle:
-            return columns.reshape(max(self._k, 1), -1, *columns.shape[1:]).swapaxes(0, 1).reshape(columns.shape)
+            return columns.reshape(max(self._k, 1), -1).T.ravel()
+        if self._has_holes:
+            return self._close_holes(self._with_holes(columns))
         out = np.empty_like(columns)
         out[self._entries] = columns
         return out
 
-    def ids_from_gaps(
-        self, gaps: npt.NDArray[np.uint16] | npt.NDArray[np.int64], num_entries: UIntArray
-    ) -> npt.NDArray[np.int64]:
+    def _with_holes(self, columns: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """``[K, N]`` by rank and falling number of entries, zero where a position has none."""
+        ranks = np.zeros(self._in_columns.shape, dtype=columns.dtype)
+        ranks[self._in_columns] = columns
+        return ranks
+
+    def _close_holes(self, ranks: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """``[E]`` in the order of the targets."""
+        rows = np.empty(self._in_rows.shape, dtype=ranks.dtype)
+        rows[self._by_count] = ranks.T
+        entries: npt.NDArray[Any] = rows[self._in_rows]
+        return entries
+
+    def ids_from_gaps(self, gaps: npt.NDArray[np.uint16] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Undo :func:`id_gaps`, from gaps in the order of the columns to ids in the order of the targets."""
+        wide = np.int64 if gaps.dtype == np.int64 or self._k > 1 << 14 else np.int32
         if self.is_rectangle:
-            rectangle = gaps.reshape(max(self._k, 1), -1)
-            wide = np.int64 if gaps.dtype == np.int64 or self._k > 1 << 14 else np.int32
-            return np.asarray(_running_sums(rectangle, wide).T.ravel())
+            return np.asarray(_running_sums(gaps.reshape(max(self._k, 1), -1), wide).T.ravel())
+        if self._has_holes:
+            return np.asarray(self._close_holes(_running_sums(self._with_holes(gaps), wide)))
         running = np.cumsum(self.to_rows(gaps).astype(np.int64) + 1)
-        counts = num_entries[num_entries > 0].astype(np.int64)
+        counts = self._counts[self._counts > 0]
         ends = np.cumsum(counts) - 1
         before = np.concatenate([[0], running[ends[:-1]]]) if len(ends) else ends
         return np.asarray(running - np.repeat(before, counts) - 1)
@@ -164,14 +193,56 @@ def _running_sums(rectangle: npt.NDArray[Any], wide: type[np.int32] | type[np.in
     return out
 
 
-def id_gaps(targets: SparseTargets) -> npt.NDArray[np.int32] | npt.NDArray[np.int64]:
+def split_ids(
+    token_ids: UIntArray, num_entries: UIntArray
+) -> tuple[npt.NDArray[np.uint8], UIntArray, npt.NDArray[np.uint32]]:
+    """Ids below ``NUM_BITS`` as bits, and the others.
+
+    Args:
+        token_ids: ``[E]``, ascending inside a position.
+        num_entries: ``[N]``.
+
+    Returns:
+        ``[NUM_BITS / 8, N]``, the bits of ids 0 to 7 first, the most significant one for the lowest id; ``[R]`` the other ids minus
+        ``NUM_BITS``; ``[N]`` how many of them each position has.
+    """
+    n = len(num_entries)
+    few = token_ids < NUM_BITS
+    bits = np.zeros((n, NUM_BITS), dtype=np.uint8)
+    bits[np.repeat(np.arange(n), num_entries)[few], token_ids[few]] = 1
+    rest = num_entries - bits.sum(axis=1, dtype=np.uint32)
+    return np.ascontiguousarray(np.packbits(bits, axis=1).T), token_ids[~few] - np.uint32(NUM_BITS), rest
+
+
+def ids_from_bits(bits: npt.NDArray[np.uint8], num_targets: int) -> tuple[npt.NDArray[np.int32], UIntArray]:
+    """The ids of the bits, position by position, and how many each position has."""
+    rows = np.ascontiguousarray(bits.reshape(NUM_BITS // 8, num_targets).T)
+    places = np.flatnonzero(np.unpackbits(rows.ravel()).view(bool))
+    counts = np.bincount(places >> (NUM_BITS.bit_length() - 1), minlength=num_targets).astype(np.uint32)
+    return (places & (NUM_BITS - 1)).astype(np.int32), counts
+
+
+def join_ids(
+    few: npt.NDArray[np.int32], num_few: UIntArray, rest: npt.NDArray[np.int64], num_rest: UIntArray
+) -> npt.NDArray[np.int64]:
+    """Undo :func:`split_ids`, from what :func:`ids_from_bits` and :meth:`ColumnOrder.ids_from_gaps` give."""
+    runs = np.stack([num_few, num_rest], axis=1).ravel()
+    is_few = np.repeat(np.tile([True, False], len(num_few)), runs)
+    ids = np.empty(len(few) + len(rest), dtype=np.int64)
+    ids[is_few] = few
+    ids[~is_few] = rest + NUM_BITS
+    return ids
+
+
+def id_gaps(token_ids: UIntArray, num_entries: UIntArray) -> npt.NDArray[np.int32] | npt.NDArray[np.int64]:
     """``id - previous id - 1`` inside a position; the first entry of a position counts from -1."""
-    small = int(targets.token_ids.max(initial=0)) < 1 << 31
-    ids: npt.NDArray[Any] = targets.token_ids.astype(np.int32 if small else np.int64)
+    small = int(token_ids.max(initial=0)) < 1 << 31
+    ids: npt.NDArray[Any] = token_ids.astype(np.int32 if small else np.int64)
     gaps = np.empty_like(ids)
     np.subtract(ids[1:], ids[:-1], out=gaps[1:])
     gaps -= 1
-    starts = targets.offsets[:-1][targets.num_entries > 0]
+    counts = num_entries[num_entries > 0].astype(np.int64)
+    starts = np.cumsum(counts) - counts
     gaps[starts] = ids[starts]
     assert not len(gaps) or int(gaps.min()) >= 0, "token ids ascend inside a position"
     return gaps
@@ -240,12 +311,37 @@ def quantise(levels: Levels, targets: SparseTargets) -> tuple[npt.NDArray[np.uin
     return (np.repeat(lowest, targets.num_entries) - level).astype(np.uint8), lowest
 
 
+def encode_counts(counts: npt.NDArray[np.uint16]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint16]]:
+    """``[n]`` draws as half bytes, those of the first half of them low; and what those at ``COUNT_ESCAPE`` have beyond it."""
+    small = np.minimum(counts, COUNT_ESCAPE).astype(np.uint8)
+    half = (len(small) + 1) // 2
+    pairs = small[:half].copy()
+    pairs[: len(small) - half] |= small[half:] << 4
+    return pairs, counts[small == COUNT_ESCAPE] - np.uint16(COUNT_ESCAPE)
+
+
+def small_counts(pairs: npt.NDArray[np.uint8], num_counts: int) -> npt.NDArray[np.uint16]:
+    """The half bytes of :func:`encode_counts`: draws, or ``COUNT_ESCAPE`` where more follow elsewhere."""
+    return np.concatenate([pairs & 15, pairs >> 4])[:num_counts].astype(np.uint16)
+
+
+@cache
+def _tail_grid() -> npt.NDArray[np.uint8]:
+    """The code of the log-odds in each cell, from the lowest to the highest."""
+    cells = (
+        TAIL_LOG_ODDS[0] + (np.arange(int((TAIL_LOG_ODDS[-1] - TAIL_LOG_ODDS[0]) * TAIL_CELLS) + 1) + 0.5) / TAIL_CELLS
+    )
+    return nearest(TAIL_LOG_ODDS, cells) + np.uint8(1)
+
+
 def encode_tails(tail_logprobs: FloatArray) -> npt.NDArray[np.uint8]:
     """``[num_temperatures, N]``, temperature by temperature."""
-    tail = np.minimum(tail_logprobs.T.astype(np.float64), -1e-12)
+    grid = _tail_grid()
+    tail = np.minimum(tail_logprobs.T, np.float32(-1e-7))
     with np.errstate(divide="ignore"):
         log_odds = tail - np.log(-np.expm1(tail))
-    return np.where(np.isneginf(tail_logprobs.T), 0, nearest(TAIL_LOG_ODDS, log_odds) + 1).astype(np.uint8)
+    cells = np.clip((log_odds - np.float32(TAIL_LOG_ODDS[0])) * np.float32(TAIL_CELLS), 0, len(grid) - 1)
+    return np.where(np.isneginf(tail_logprobs.T), 0, grid[cells.astype(np.intp)]).astype(np.uint8)
 
 
 def encode_logz(logz: FloatArray) -> npt.NDArray[np.uint8]:

@@ -55,6 +55,10 @@ class TranscodeOptions(Options):
     temperatures: Annotated[
         Temperatures | None, Field(description="Keep these of the declared temperatures, 1 among them.")
     ] = None
+    entry_logprobs: Annotated[
+        bool | None,
+        Field(description="Of sampled and systematic at T = 1: keep the logprob of each entry, or only the counts."),
+    ] = None
     codec: Annotated[Literal["packed", "exact"] | None, Field(description="packed or exact.")] = None
     quality: Annotated[
         Literal["high", "standard", "small"] | None, Field(description="Of packed; adds its error to what was lost.")
@@ -133,7 +137,17 @@ def _fewer(old: TargetSpec, options: TranscodeOptions) -> TargetSpec:
         for temperature in options.temperatures:
             temperature_index(old.temperatures, temperature)
         changes["temperatures"] = options.temperatures
-    return TargetSpec.model_validate(old.model_dump() | changes)
+    new = TargetSpec.model_validate(old.model_dump() | changes)
+    if options.entry_logprobs is None or options.entry_logprobs is not new.frequencies:
+        return new
+    if options.entry_logprobs:
+        raise ConfigError("--entry-logprobs: the cache keeps the counts alone", hint="dump again with --entry-logprobs")
+    if not new.can_be_frequencies:
+        raise ConfigError(
+            f"--no-entry-logprobs: {new.scheme} targets at T = {', '.join(f'{t:g}' for t in new.temperatures)} cannot do without",
+            hint="sampled and systematic can, at T = 1 alone (--temperatures 1)",
+        )
+    return new.model_copy(update={"frequencies": True})
 
 
 def _codec(old: CodecSpec, targets: TargetSpec, options: TranscodeOptions) -> CodecSpec:

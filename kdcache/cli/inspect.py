@@ -80,6 +80,7 @@ def _spelled_targets(targets: TargetSpec) -> str:
     kept = [f"k = {targets.k}"] if targets.k else []
     kept += [f"p = {targets.top_p:g}"] if targets.scheme == "top_p" else []
     kept += [f"{targets.num_draws} draws"] if targets.num_draws else []
+    kept += ["counts alone"] if targets.frequencies else []
     return ", ".join([targets.scheme, *kept])
 
 

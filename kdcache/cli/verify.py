@@ -81,8 +81,10 @@ def _print(audit: Audit, live: TeacherAudit | None) -> None:
         click.echo(f"missing: {len(audit.missing)} shards, the first is {audit.missing[0]:05d}")
     if live is None:
         return
-    click.echo(f"{live.num_sequences} sequences read again by the teacher, {live.num_targets:,} targets; KL in nats:")
-    click.echo(f"  teacher ‖ cache              mean {live.stored_kl:.1e}, largest {live.stored_kl_max:.1e}")
-    click.echo(f"  teacher ‖ teacher in a batch mean {live.live_kl:.1e}, largest {live.live_kl_max:.1e}")
+    click.echo(
+        f"{live.num_sequences} sequences read again by the teacher, {live.num_targets:,} targets; {live.measure}:"
+    )
+    click.echo(f"  teacher ‖ cache              mean {live.stored:.1e}, largest {live.stored_max:.1e}")
+    click.echo(f"  teacher ‖ teacher in a batch mean {live.live:.1e}, largest {live.live_max:.1e}")
     verdict = "the cache says what the teacher says" if live.agrees else "the cache does NOT say what the teacher says"
     click.echo(f"  {verdict} (mean of at most {live.bound:.1e})")

@@ -2,56 +2,63 @@
 
 The teacher reads some of the cache's sequences again, and KL(live ‖ stored) is taken over the entries and the tail that the
 cache holds. Beside it stands the teacher against itself, the same sequences alone and in a batch: in bfloat16 that is no zero,
-and nothing stored can be closer than that. Averaged teachers are not run: their logits lie in caches of their own.
+and nothing stored can be closer than that. Where only counts of draws are kept, the teacher is drawn from again with the same random
+numbers, and the share of draws that land elsewhere takes the place of the KL. Averaged teachers are not run: their logits lie in caches of their own.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from kdcache.cache.reader import CacheReader, CacheRow
+from kdcache.dump.draw import draw, position_uniforms
 from kdcache.dump.engines.transformers import pad_batch
 from kdcache.errors import CacheMismatchError, ConfigError
 from kdcache.heads import OutputHead, head_of, hidden_states, split_is_exact
 from kdcache.model_files import find_model, model_digest
 from kdcache.models import keep_freed_memory, load_model, parse_dtype, pick_device
+from kdcache.specs import TargetSpec
 from kdcache.targets import TokenSequence, in_rectangle
 
 # What a stored distribution may differ from the live one, beside the codec's declared error: so many times what the teacher
-# differs from itself, and rounding.
-LIVE_FACTOR, ROUNDING = 3.0, 1e-5
+# differs from itself, and rounding; a draw from the far tail lands elsewhere for less.
+LIVE_FACTOR, ROUNDING, ROUNDING_OF_DRAWS = 3.0, 1e-5, 1e-2
 LEAST_LOGPROB = -100.0
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherAudit:
-    """What :func:`against_teacher` found; KL in nats, over the entries and the tail that the cache holds.
+    """What :func:`against_teacher` found; KL in nats, over the entries and the tail that the cache holds, or a share of draws.
 
     Attributes:
+        measure: ``KL in nats`` or ``share of draws that land elsewhere``.
         num_sequences: Run again.
         num_targets: Positions compared.
-        stored_kl: KL(live ‖ stored), mean over positions.
-        stored_kl_max: The largest of them.
-        live_kl: KL(live ‖ live in a batch), mean over positions.
-        live_kl_max: The largest of them.
-        bound: What ``stored_kl`` may be.
+        stored: Of what is stored from the live teacher, KL(live ‖ stored), mean over positions.
+        stored_max: The largest of them.
+        live: Of the teacher from itself, KL(live ‖ live in a batch), mean over positions.
+        live_max: The largest of them.
+        bound: What ``stored`` may be.
     """
 
+    measure: str
     num_sequences: int
     num_targets: int
-    stored_kl: float
-    stored_kl_max: float
-    live_kl: float
-    live_kl_max: float
+    stored: float
+    stored_max: float
+    live: float
+    live_max: float
     bound: float
 
     @property
     def agrees(self) -> bool:
         """The cache says what the teacher says, as closely as can be asked."""
-        return self.stored_kl <= self.bound
+        return self.stored <= self.bound
 
 
 @torch.inference_mode()
@@ -115,6 +122,11 @@ def against_teacher(
         if stored_head is not None:
             assert row.targets.hidden is not None, "a hidden cache holds hidden states"
             stored = torch.log_softmax(stored_head.logits(torch.tensor(row.targets.hidden).to(where)), dim=1).cpu()
+        elif row.targets.frequencies:
+            drawn = [_drawn_again(logprobs, row, spec.targets) for logprobs in (alone, together)]
+            stored_kl.append(_share_that_differs(drawn[0], _drawn(row)))
+            live_kl.append(_share_that_differs(*drawn))
+            continue
         else:
             stored = _stored(row)
             alone, together = (_in_buckets(logprobs, row) for logprobs in (alone, together))
@@ -122,11 +134,13 @@ def against_teacher(
         live_kl.append(_kl(alone, together))
     stored_all, live_all = torch.cat(stored_kl), torch.cat(live_kl)
     declared = spec.codec.max_kl if spec.codec.name == "packed" else 0.0
+    draws = spec.targets.frequencies
     return TeacherAudit(
+        measure="share of draws that land elsewhere" if draws else "KL in nats",
         num_sequences=len(rows), num_targets=len(stored_all),
-        stored_kl=float(stored_all.mean()), stored_kl_max=float(stored_all.max()),
-        live_kl=float(live_all.mean()), live_kl_max=float(live_all.max()),
-        bound=declared + LIVE_FACTOR * float(live_all.mean()) + ROUNDING,
+        stored=float(stored_all.mean()), stored_max=float(stored_all.max()),
+        live=float(live_all.mean()), live_max=float(live_all.max()),
+        bound=declared + LIVE_FACTOR * float(live_all.mean()) + (ROUNDING_OF_DRAWS if draws else ROUNDING),
     )  # fmt: skip
 
 
@@ -150,6 +164,29 @@ def _in_buckets(logprobs_NV: torch.Tensor, row: CacheRow) -> torch.Tensor:
     # Unused slots repeat the position's first entry, or name a token of a position that holds none: leave that one in.
     rest_NV = torch.where(used_NK.any(1, keepdim=True), logprobs_NV.scatter(1, ids_NK, -torch.inf), logprobs_NV)
     return torch.cat([kept_NK, rest_NV.logsumexp(1, keepdim=True)], dim=1)
+
+
+def _drawn(row: CacheRow) -> npt.NDArray[np.int64]:
+    """``[N, num_draws]`` token ids of a row that holds their counts, ascending."""
+    assert row.targets.counts is not None, "frequencies come with counts"
+    return np.repeat(row.targets.token_ids.astype(np.int64), row.targets.counts[:, 0]).reshape(len(row.targets), -1)
+
+
+def _drawn_again(logprobs_NV: torch.Tensor, row: CacheRow, spec: TargetSpec) -> npt.NDArray[np.int64]:
+    """``[N, num_draws]`` token ids, ascending, from the live teacher with the random numbers of the dump."""
+    uniforms = torch.from_numpy(position_uniforms(spec, row.sequence_id, row.sequence.target_mask)[:, 0])
+    nothing_exact = torch.empty(len(logprobs_NV), 0, dtype=torch.int64)
+    return draw(logprobs_NV, uniforms, spec, 1.0, nothing_exact).sort(dim=1).values.numpy()
+
+
+def _share_that_differs(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> torch.Tensor:
+    """``[N]``: of the draws of each position those of ``a`` that ``b`` does not have, each as often as it came up."""
+
+    def numbered(ids_ND: npt.NDArray[np.int64]) -> list[set[tuple[int, int]]]:
+        return [{(token, seen) for token, n in Counter(row).items() for seen in range(n)} for row in ids_ND.tolist()]
+
+    pairs = zip(numbered(a), numbered(b), strict=True)
+    return torch.tensor([1 - len(one & other) / a.shape[1] for one, other in pairs], dtype=torch.float64)
 
 
 def _kl(said: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -68,6 +68,13 @@ class DumpOptions(Options):
         int, Field(ge=1, lt=1 << 16, description="Draws a position and temperature (sampled, systematic, hybrid).")
     ] = 50
     target_seed: Annotated[int, Field(ge=0, lt=1 << 63, description="Of the draws.")] = 0
+    entry_logprobs: Annotated[
+        bool | None,
+        Field(
+            description="Of sampled and systematic: keep the teacher's logprob of each drawn token besides how often it was drawn, for losses "
+            "other than forward_kl.  [default: off at T = 1, on at several temperatures]"
+        ),
+    ] = None
     temperatures: Annotated[
         Temperatures | None,
         Field(description="Temperatures at which students may train.  [default: 1,2,4; 1 where entries are drawn]"),
@@ -129,11 +136,20 @@ class DumpOptions(Options):
             raise ValueError("weights of --average are together below 1: the rest is this teacher's")
         return self
 
+    @model_validator(mode="after")
+    def _frequencies(self) -> Self:
+        alone = self.targets in ("sampled", "systematic") and self.temperatures in (None, (1.0,))
+        if self.entry_logprobs is False and self.targets in DRAWN and not alone:
+            raise ValueError(
+                "only sampled and systematic targets at T = 1 can do without logprobs; leave --no-entry-logprobs out"
+            )
+        return self
+
     def target_spec(self, vocab_size: int) -> TargetSpec:
         """The target scheme over a vocabulary; options that the scheme does not use count for nothing."""
         drawn = self.targets in DRAWN
         temperatures = self.temperatures or ((1.0,) if drawn else (1.0, 2.0, 4.0))
-        return TargetSpec(
+        spec = TargetSpec(
             scheme=self.targets,
             k=min(self.top_k, vocab_size) if self.targets in ("top_k", "top_p", "hybrid") else 0,
             temperatures=temperatures,
@@ -141,6 +157,7 @@ class DumpOptions(Options):
             num_draws=self.num_draws if drawn else 0,
             seed=self.target_seed if drawn else 0,
         )
+        return spec.model_copy(update={"frequencies": spec.can_be_frequencies and not self.entry_logprobs})
 
     def codec_spec(self, targets: TargetSpec) -> CodecSpec:
         """How targets of a scheme are stored."""

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-NUM_CONTEXTS, LIST_LENGTH = 4096, 1024
+# A list takes two kilobytes; a token seen less often has little to put into one.
+NUM_CONTEXTS, LIST_LENGTH, LEAST_SEEN = 8192, 1024, 12
 SHARE = 0.02
 # Positions: fewer tell little of what follows a token, more tell nothing new.
 LEAST, MOST = 4_096, 1_000_000
@@ -66,7 +67,7 @@ def count_tables(worker: Worker, kind: str, num_tokens: float) -> IdTables:
     logger.info("pilot: the teacher reads %s tokens to count what follows what", f"{num_positions:,}")
     pilot = list(_read(worker, num_positions))
     contexts = NUM_CONTEXTS if kind == "context" else 0
-    return IdTables.count(pilot, worker.plan.spec.teacher.vocab_size, contexts, LIST_LENGTH)
+    return IdTables.count(pilot, worker.plan.spec.teacher.vocab_size, contexts, LIST_LENGTH, LEAST_SEEN)
 
 
 def _read(worker: Worker, num_positions: int) -> Iterator[tuple[UIntArray, SparseTargets]]:

@@ -185,7 +185,8 @@ def _divergence(
     if targets.ratios is None:
         return divergence.on_buckets(targets.logprobs, targets.tail_logprobs, log_p, log_p_tail)
     assert divergence.on_draws is not None, "check_estimator refuses such a loss"
-    return divergence.on_draws(targets.ratios, targets.logprobs, log_p)
+    value = divergence.on_draws(targets.ratios, targets.logprobs, log_p)
+    return value if targets.excess is None or divergence.name != FORWARD_KL.name else value + targets.excess
 
 
 def _differentiate(

@@ -19,7 +19,7 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -44,6 +44,7 @@ class Divergence:
         on_draws: ``(ratios [N, K], log_t [N, K], log_p [N, K]) -> [N]`` with ``ratios = tau / t``; None where it is refused.
         refusal: Why it cannot be had from draws.
         term: What a token adds, where the divergence is a sum over tokens.
+        on_frequencies: Whether its gradient is linear in the teacher, so that ``t`` may be replaced by an unbiased estimate.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Divergence:
     on_draws: OnDraws | None = None
     refusal: str = ""
     term: Term | None = None
+    on_frequencies: bool = False
 
     def on_everything(self, log_t: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
         """``(log_t [N, V], log_p [N, V]) -> [N]``: nothing left out, nothing unused."""
@@ -171,7 +173,7 @@ def _f_divergence(name: str, term: Term, slope: float | None, refusal: str = "")
 
 def forward_kl() -> Divergence:
     """KL(teacher ‖ student)."""
-    return _f_divergence("forward_kl", forward_kl_term, 0.0)
+    return replace(_f_divergence("forward_kl", forward_kl_term, 0.0), on_frequencies=True)
 
 
 def reverse_kl() -> Divergence:
@@ -275,7 +277,7 @@ def ce() -> Divergence:
     def nothing(first: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
         return first.new_zeros(len(first))
 
-    return Divergence("ce", nothing, nothing)
+    return Divergence("ce", nothing, nothing, on_frequencies=True)
 
 
 LOSSES: dict[str, Callable[..., Divergence]] = {
@@ -346,6 +348,11 @@ def check_estimator(divergence: Divergence, estimator: Estimator, where: str) ->
         raise ConfigError(
             f"loss {divergence.name} cannot be had from drawn targets ({where}): {divergence.refusal}",
             hint=f"from draws: {possible}; or dump with --targets top_k or hidden",
+        )
+    if estimator == "frequencies" and not divergence.on_frequencies:
+        raise ConfigError(
+            f"loss {divergence.name} needs the teacher's probabilities, and {where} keeps how often each token was drawn",
+            hint="forward_kl needs no more than that; for others dump with --entry-logprobs, or with --targets top_k or hidden",
         )
 
 

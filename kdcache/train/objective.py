@@ -12,7 +12,7 @@ from kdcache.calibration import NUM_BINS
 from kdcache.errors import ConfigError
 from kdcache.heads import OutputHead
 from kdcache.targets import SparseTargets, in_rectangle
-from kdcache.train.losses import Divergence, forward_kl
+from kdcache.train.losses import LOG_FLOOR, Divergence, forward_kl
 
 PARTS = (
     "cross_entropy",
@@ -37,6 +37,8 @@ class BucketTargets:
         ratios: ``[N, K]`` float32, ``tau / t`` of entries that were drawn (``SparseTargets.weights_at``), 0 in unused slots;
             None where entries and tail are the distribution.
         temperature: T.
+        excess: ``[N]`` float32, where the logprobs are only those of frequencies: the entropy of these minus the teacher's, in nats,
+            which makes KL(frequencies ‖ student) an estimate of KL(teacher ‖ student). None elsewhere.
     """
 
     token_ids: torch.Tensor
@@ -44,6 +46,7 @@ class BucketTargets:
     tail_logprobs: torch.Tensor
     ratios: torch.Tensor | None = None
     temperature: float = 1.0
+    excess: torch.Tensor | None = None
 
     @staticmethod
     def of(targets: Sequence[SparseTargets], temperature: float, device: torch.device | str = "cpu") -> BucketTargets:
@@ -70,16 +73,25 @@ class BucketTargets:
             weights_NK = padded((one.weights_at(temperature) for one in targets), 0.0)
             ratios_NK = weights_NK / logprobs_NK.exp().clamp(min=torch.finfo(torch.float32).tiny)
         tail_N = torch.from_numpy(np.concatenate(tails)).to(device)
-        return BucketTargets(torch.from_numpy(ids).to(device), logprobs_NK, tail_N, ratios_NK, temperature)
+        excess_N = None
+        if targets[0].frequencies:
+            entropy_N = torch.from_numpy(np.concatenate([one.entropy for one in targets])).to(device)
+            excess_N = entropy_of(logprobs_NK) - entropy_N
+        return BucketTargets(torch.from_numpy(ids).to(device), logprobs_NK, tail_N, ratios_NK, temperature, excess_N)
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
     def __getitem__(self, rows: slice | torch.Tensor) -> BucketTargets:
-        ratios = None if self.ratios is None else self.ratios[rows]
+        ratios, excess = (None if x is None else x[rows] for x in (self.ratios, self.excess))
         return BucketTargets(
-            self.token_ids[rows], self.logprobs[rows], self.tail_logprobs[rows], ratios, self.temperature
+            self.token_ids[rows], self.logprobs[rows], self.tail_logprobs[rows], ratios, self.temperature, excess
         )
+
+
+def entropy_of(logprobs_NK: torch.Tensor) -> torch.Tensor:
+    """``[N]`` nats; slots at ``-inf`` hold nothing."""
+    return -(logprobs_NK.exp() * logprobs_NK.clamp(min=LOG_FLOOR)).sum(1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -23,7 +23,7 @@ from kdcache.cache.codec import CompactTargets
 from kdcache.cache.reader import CacheReader
 from kdcache.heads import OutputHead
 from kdcache.targets import TokenSequence, in_rectangle, temperature_index
-from kdcache.train.objective import BucketTargets, FullTargets, MixedTargets, Targets
+from kdcache.train.objective import BucketTargets, FullTargets, MixedTargets, Targets, entropy_of
 
 IGNORED = -100
 
@@ -214,6 +214,8 @@ def _collate_targets(compact: Sequence[CompactTargets]) -> dict[str, np.ndarray[
     if compact[0].counts is not None:
         counts = np.concatenate([targets.counts for targets in compact if targets.counts is not None])
         arrays["counts"] = counts.astype(np.int16)[entry]
+    if compact[0].frequencies:
+        arrays["entropy"] = np.concatenate([targets.entropy for targets in compact])
     if not used.all():
         arrays["used"] = used
     return arrays
@@ -254,7 +256,7 @@ class TargetDecoder:
         return TargetDecoder(
             temperature=temperature,
             temperature_column=column,
-            value_table=None if value_table is None else torch.from_numpy(value_table).to(device),
+            value_table=None if value_table is None else torch.tensor(value_table, device=device),
             tail_table=None if tail_table is None else torch.tensor(tail_table[column], device=device),
             teacher_head=head,
         )
@@ -283,7 +285,8 @@ class TargetDecoder:
         if "counts" in columns:
             counts_NKT = columns["counts"].int() & 0xFFFF  # uint16 travels as int16
             ratios_NK = draw_ratios(counts_NKT, self.temperature_column, logprobs_NK, tail_N)
-        return BucketTargets(columns["token_ids"].long(), logprobs_NK, tail_N, ratios_NK, self.temperature)
+        excess_N = entropy_of(logprobs_NK) - columns["entropy"] if "entropy" in columns else None
+        return BucketTargets(columns["token_ids"].long(), logprobs_NK, tail_N, ratios_NK, self.temperature, excess_N)
 
 
 def draw_ratios(counts_NKT: torch.Tensor, column: int, logprobs_NK: torch.Tensor, tail_N: torch.Tensor) -> torch.Tensor:

@@ -199,6 +199,8 @@ class KDTrainer(Trainer):
         parts, calibration = totals[1 : 1 + len(PARTS)], totals[1 + len(PARTS) : -1].view(-1, 3)
         means = dict(zip(PARTS, (parts / totals[-1].clamp(min=1)).tolist(), strict=True))
         divergence = means.pop("divergence")
+        if any(reader.spec.targets.frequencies for reader, _ in [*self.caches, *self.eval_caches]):
+            means.pop("acceptance_rate")  # not linear in the teacher
         if not with_teacher:
             return {"cross_entropy": means["cross_entropy"]}, calibration
         return {self.recipe.loss: divergence} | means, calibration

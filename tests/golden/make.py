@@ -29,6 +29,8 @@ CASES = {
     "exact-top_k": {"targets": TOP_K, "codec__name": "exact"},
     "packed-top_p": {"targets": {"scheme": "top_p", "k": 16, "top_p": 0.8, "temperatures": [1.0]}},
     "packed-sampled": {"targets": {"scheme": "sampled", "k": 0, "num_draws": 20, "temperatures": [1.0]}},
+    "packed-frequencies": {"targets": {"scheme": "sampled", "k": 0, "num_draws": 40, "temperatures": [1.0], "frequencies": True}},
+    "exact-frequencies": {"targets": {"scheme": "systematic", "k": 0, "num_draws": 10, "temperatures": [1.0], "frequencies": True}, "codec__name": "exact"},
     "packed-hybrid": {"targets": {"scheme": "hybrid", "k": 4, "num_draws": 6, "temperatures": [1.0, 2.0]}},
     "packed-many-draws": {"targets": {"scheme": "systematic", "k": 0, "num_draws": 400, "temperatures": [1.0]}},
     "exact-systematic": {"targets": {"scheme": "systematic", "k": 0, "num_draws": 10, "temperatures": [1.0]}, "codec__name": "exact"},
@@ -37,7 +39,7 @@ CASES = {
     "hidden-bfloat16": {"targets": {"scheme": "hidden", "k": 0, "temperatures": [1.0]}, "codec__name": "exact", "teacher__dtype": "bfloat16"},
 }  # fmt: skip
 
-WITH_TABLES = ("packed-top_k", "packed-hybrid")
+WITH_TABLES = ("packed-top_k", "packed-hybrid", "packed-frequencies")
 
 
 def a_row(plan: Plan, index: int) -> tuple[TokenSequence, SparseTargets]:

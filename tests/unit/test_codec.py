@@ -5,12 +5,12 @@ import pytest
 
 from kdcache.cache import packed
 from kdcache.cache.codec import Codec, bfloat16_to_float, float_to_bfloat16
-from kdcache.cache.frames import compress
+from kdcache.cache.frames import compress, read_array
 from kdcache.cache.packed import GAP_ESCAPE
 from kdcache.cache.quality import QUALITIES, describe_codec
 from kdcache.errors import CacheCorruptError, ConfigError, TeacherOutputError
 from kdcache.targets import kl_of_stored
-from tests.strategies import log_softmax, targets_from_logits, zipf_logits
+from tests.strategies import frequencies_of, log_softmax, targets_from_logits, zipf_logits
 
 FIELDS = ("num_entries", "token_ids", "logprobs", "tail_logprobs", "logz", "label_logprobs", "entropy")
 
@@ -73,7 +73,7 @@ def test_each_quality_keeps_what_it_declares(name, k):
 
 
 @pytest.mark.parametrize("name", sorted(QUALITIES))
-def test_the_nearest_level_is_the_nearest(name):
+def test_the_nearest_level_is_the_nearest_to_a_cell_of_the_grid(name):
     levels = QUALITIES[name].levels
     middles = (levels.table[1:] + levels.table[:-1]) / 2
     rng = np.random.default_rng(0)
@@ -81,10 +81,14 @@ def test_the_nearest_level_is_the_nearest(name):
         rng.uniform(0, levels.table[-1], 20_000).astype("f4"), levels.table, middles, np.nextafter(middles, np.float32(0)),
         np.nextafter(middles, np.float32(1e9)), [-1e-4, 0, levels.table[-1] + 5],
     ]).astype(np.float32)  # fmt: skip
-    assert (levels.nearest(depths) == packed.nearest(levels.table, depths)).all()
+    found, best = (
+        np.abs(levels.table[codes] - depths) for codes in (levels.nearest(depths), packed.nearest(levels.table, depths))
+    )
+    assert (found <= best + 1.001 / packed.GRID_CELLS).all()
+    assert levels.step / 10 > 1 / packed.GRID_CELLS
 
 
-@pytest.mark.parametrize("counts", [[3, 3, 3], [3, 0, 5, 1], [0, 0], []])
+@pytest.mark.parametrize("counts", [[3, 3, 3], [3, 0, 5, 1], [0, 0], [], [1, 1, 1, 90, 1], [70_000, 1]])
 def test_column_order_there_and_back(counts):
     order = packed.ColumnOrder(np.array(counts, np.uint32))
     entries = np.arange(sum(counts))
@@ -92,21 +96,97 @@ def test_column_order_there_and_back(counts):
     assert (order.to_rows(columns) == entries).all()
     rank = np.concatenate([np.arange(count) for count in counts] or [entries])
     assert (np.diff(rank[columns]) >= 0).all()
-    pairs = np.stack([entries, -entries], 1)
-    assert (order.to_rows(order.to_columns(pairs)) == pairs).all()
+    ids = np.cumsum(1 + entries % 7) if len(entries) else entries  # ascending everywhere, so inside each position
+    gaps = order.to_columns(packed.id_gaps(ids.astype(np.uint32), np.array(counts, np.uint32)))
+    for stored in (gaps.astype(np.int64), gaps.astype(np.uint16)):
+        if (stored == gaps).all():
+            assert (order.ids_from_gaps(stored) == ids).all()
+
+
+@pytest.mark.parametrize("num_entries", [[4, 0, 9, 1], [0, 0], [128, 3], []])
+def test_small_ids_as_bits_there_and_back(num_entries):
+    """Against a matrix of which id is there; ids on both sides of the border, and a position that has only small ones."""
+    rng = np.random.default_rng(1)
+    ids = [np.sort(rng.choice(300 if k < 128 else 128, k, replace=False)) for k in num_entries]
+    token_ids, counts = np.concatenate([[], *ids]).astype(np.uint32), np.array(num_entries, np.uint32)
+    bits, rest, num_rest = packed.split_ids(token_ids, counts)
+    there = np.zeros((len(ids), packed.NUM_BITS), bool)
+    for row, some in enumerate(ids):
+        there[row, some[some < packed.NUM_BITS]] = True
+    assert (bits == np.packbits(there, axis=1).T).all()
+    assert (rest == np.concatenate([[], *(some[some >= packed.NUM_BITS] - packed.NUM_BITS for some in ids)])).all()
+    few, num_few = packed.ids_from_bits(bits.ravel(), len(ids))
+    assert (num_few + num_rest == counts).all()
+    assert (packed.join_ids(few, num_few, rest.astype(np.int64), num_rest) == token_ids).all()
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 7, 1000])
+def test_counts_as_half_bytes_there_and_back(size):
+    counts = np.random.default_rng(size).integers(0, 40, size).astype(np.uint16)
+    pairs, beyond = packed.encode_counts(counts)
+    assert len(pairs) == (size + 1) // 2
+    assert (beyond == counts[counts >= packed.COUNT_ESCAPE] - packed.COUNT_ESCAPE).all()
+    small = packed.small_counts(pairs, size)
+    small[small == packed.COUNT_ESCAPE] += beyond
+    assert (small == counts).all()
+
+
+def drawn_example(num_draws, name="packed"):
+    rng = np.random.default_rng(2)
+    drawn = np.minimum(rng.geometric(0.2, (30, num_draws)), 299)
+    targets = frequencies_of(drawn, 2.0)
+    return Codec(name, 300, (1.0,), num_draws, num_draws=num_draws, frequencies=True), targets
+
+
+@pytest.mark.parametrize("name", ["packed", "exact"])
+@pytest.mark.parametrize("num_draws", [1, 20, 300])
+def test_frequencies_are_exact(name, num_draws):
+    codec, targets = drawn_example(num_draws, name)
+    frames = codec.encode(targets)
+    assert not {"levels", "logprobs", "tails", "logz"} & set(frames)
+    out = codec.decode(frames, len(targets), "here").expand((1.0,))
+    assert out.estimator == "frequencies"
+    np.testing.assert_array_equal(out.counts, targets.counts)
+    np.testing.assert_array_equal(out.token_ids, targets.token_ids)
+    np.testing.assert_allclose(out.logprobs, targets.logprobs, atol=1e-6)
+    assert np.isneginf(out.tail_logprobs).all()
+
+
+def test_logprobs_cannot_be_made_of_frequencies():
+    codec, targets = drawn_example(20)
+    with pytest.raises(ValueError, match="not known"):
+        dataclasses.replace(codec, frequencies=False).encode(targets)
+
+
+@pytest.mark.parametrize(
+    ("column", "content", "message"),
+    [
+        ("counts", lambda old: np.zeros_like(old), "20 draws at each position"),
+        ("counts", lambda old: np.full_like(old, 0xFF), "count_escapes"),
+        ("counts", lambda old: old[:-1], "counts: "),
+        ("counts", lambda old: np.full_like(old, 0xEE), "20 draws at each position"),
+    ],
+)
+def test_counts_that_cannot_be_are_refused(column, content, message):
+    codec, targets = drawn_example(20)
+    frames = codec.encode(targets)
+    pairs = (len(targets.token_ids) + 1) // 2
+    frames[column] = compress(content(read_array(frames[column], np.uint8, what="x", count=pairs)))
+    with pytest.raises(CacheCorruptError, match=message):
+        codec.decode(frames, len(targets), "here")
 
 
 @pytest.mark.parametrize("name", sorted(QUALITIES))
 def test_every_quality_holds_a_whole_vocabulary(name):
-    """However many entries: steps stay above the finest that levels are found by."""
+    """However many entries: steps stay above the finest that a plan may name."""
     vocab_size = 60_000
     targets = targets_from_logits(zipf_logits(np.random.default_rng(0), 3, vocab_size), np.zeros(3, int), vocab_size)
     quality = QUALITIES[name].for_entries(vocab_size)
-    assert quality.levels.step >= packed.FINEST_STEP
+    assert quality.levels.step >= 1 / 128
     codec = Codec("packed", vocab_size, targets.temperatures, vocab_size, levels=quality.levels)
     stored = through(codec, targets)
     assert mean_kl(targets, stored) < quality.max_kl
-    assert describe_codec("packed", name, 1 << 32).step >= packed.FINEST_STEP
+    assert describe_codec("packed", name, 1 << 32).step >= 1 / 128
 
 
 def test_finer_qualities_take_more_bytes():
