@@ -53,13 +53,26 @@ def read_tables(folder, spec):
     return load(data)
 
 
-def token_id(code, before, tables):
+def token_id(code, before, frequent, tables):
     """The token that a code stands for after another token."""
-    order, contexts, lists = tables["order"], tables["contexts"].tolist(), tables["lists"]
-    length = lists.shape[1]
-    if code >= length:
-        return int(order[code - length])
-    return int(order[lists[contexts.index(before)][code] if before in contexts else code])
+    length = 0 if tables is None else tables["lists"].shape[1]
+    if code < length:
+        contexts = tables["contexts"].tolist()
+        return int(tables["order"][tables["lists"][contexts.index(before)][code] if before in contexts else code])
+    code -= length
+    number = frequent[code] if code < len(frequent) else code - len(frequent)
+    return int(number if tables is None else tables["order"][number])
+
+
+def frequent_numbers(gaps, steps):
+    """The numbers that come up most in a row, by how often they do."""
+    numbers, number = [], 0
+    for gap in gaps.tolist():
+        number += gap
+        if gap < 255:
+            numbers.append(number)
+            number += 1
+    return [number for _, number in sorted(zip(steps.tolist(), numbers, strict=True))]
 
 
 def read_row(columns, spec, tables):
@@ -77,9 +90,11 @@ def read_row(columns, spec, tables):
     n = int(mask[1:].sum())
     read = read_exact if spec["codec"]["name"] == "exact" else read_packed
     said = read(array, n, spec)
-    if tables is not None:
-        before = np.repeat(ids[:-1][mask[1:]], said["num_entries"])
-        plain = [token_id(int(code), int(token), tables) for code, token in zip(said["token_ids"], before, strict=True)]
+    if "frequent_gaps" in columns:
+        frequent = frequent_numbers(array("frequent_gaps", "u1"), array("frequent_steps", "u1"))
+        before = np.repeat(ids[:-1][mask[1:]], said["num_entries"]).tolist()
+        codes = said["token_ids"].astype(int).tolist()
+        plain = [token_id(code, token, frequent, tables) for code, token in zip(codes, before, strict=True)]
         order = np.lexsort((plain, np.repeat(np.arange(n), said["num_entries"])))
         said |= {"token_ids": np.array(plain)[order], "logprobs": said["logprobs"][order]}
         said |= {"counts": said["counts"][order]} if "counts" in said else {}
@@ -164,7 +179,7 @@ def read_packed(array, n, spec):
         ids[row].append(lasts[row])
     out = {
         "num_entries": num_entries, "token_ids": np.array([token for row in ids for token in row]),
-        "label_logprobs": -np.array(level)[array("label_levels", "u1")], "entropy": array("entropy", "u1") / 8,
+        "label_logprobs": -np.array(level)[array("label_levels", "u1")], "entropy": array("entropy", "u1") / 4,
     }  # fmt: skip
     counts = counts_of(array, spec, int(num_entries.sum()))
     if counts is not None:

@@ -25,7 +25,8 @@ import numpy.typing as npt
 
 from kdcache.cache import packed
 from kdcache.cache.frames import compress, read_array
-from kdcache.cache.tables import IdTables, ascending
+from kdcache.cache.own_order import GAP_GOES_ON, OwnOrder, most_gap_bytes
+from kdcache.cache.tables import MAX_VOCAB, IdTables, ascending, sorted_by
 from kdcache.errors import CacheCorruptError, ConfigError, TeacherOutputError
 from kdcache.targets import CountArray, FloatArray, SparseTargets, UIntArray, rescale_entries
 
@@ -138,10 +139,18 @@ class Codec:
         if targets.temperatures != self.temperatures:
             raise ValueError(f"targets declare temperatures {targets.temperatures}, the codec {self.temperatures}")
         self._check_storable(targets)
-        if self.id_tables is not None:
-            assert contexts is not None, "tables renumber ids by the token before"
-            targets = self.id_tables.recode(targets, contexts)
-        arrays = _ENCODERS[self.name](self, targets)
+        arrays: dict[str, npt.NDArray[Any]] = {}
+        if self.renumbers:
+            codes: npt.NDArray[Any] = targets.token_ids
+            if self.id_tables is not None:
+                assert contexts is not None, "tables renumber ids by the token before"
+                codes = self.id_tables.codes(codes, targets.num_entries, contexts)
+            # numpy indexes with this type alone: converted once.
+            codes, start = codes.astype(np.intp), self._num_listed
+            order = OwnOrder.count(codes[codes >= start] - start if start else codes)
+            targets = sorted_by(targets, order.codes(start, self.vocab_size).take(codes))
+            arrays = {"frequent_gaps": order.gaps(), "frequent_steps": order.steps}
+        arrays |= _ENCODERS[self.name](self, targets)
         if self.hidden_size:
             assert targets.hidden is not None, "the hidden scheme stores hidden states"
             arrays["hidden"] = float_to_bfloat16(targets.hidden) if self.hidden_dtype == "bfloat16" else targets.hidden
@@ -191,16 +200,47 @@ class Codec:
         """
         try:
             compact = _DECODERS[self.name](self, frames, num_targets, where)
+            ids = self._token_ids(frames, compact, where, contexts) if self.renumbers else None
         except KeyError as error:
             raise CacheCorruptError(f"{where}: column {error} is missing") from error
-        if self.id_tables is not None:
-            assert contexts is not None, "tables renumber ids by the token before"
-            codes = compact.token_ids.astype(np.int64)
-            ids = self.id_tables.token_ids(codes, compact.num_entries, contexts, where)
+        if ids is not None:
             compact = replace(compact, token_ids=ids, ascending=False)
-        if len(compact.token_ids) and int(compact.token_ids.max()) >= self.vocab_size:
+        elif len(compact.token_ids) and int(compact.token_ids.max()) >= self.vocab_size:
             raise CacheCorruptError(f"{where}: token id {compact.token_ids.max()} in a vocabulary of {self.vocab_size}")
         return compact
+
+    def _token_ids(
+        self, frames: Frames, compact: CompactTargets, where: str, contexts: UIntArray | None
+    ) -> npt.NDArray[np.uint32]:
+        """Token ids of codes."""
+        most = most_gap_bytes(self.vocab_size)
+        gaps = read_array(frames["frequent_gaps"], np.uint8, what=f"{where}, frequent_gaps", max_count=most)
+        number = int(np.count_nonzero(gaps != GAP_GOES_ON))
+        steps = read_array(frames["frequent_steps"], np.uint8, what=f"{where}, frequent_steps", count=number)
+        order = OwnOrder.of(
+            cast(npt.NDArray[np.uint8], gaps), cast(npt.NDArray[np.uint8], steps), self.vocab_size, where
+        )
+        codes = order.undo(self._num_listed, self.vocab_size)
+        try:
+            before: npt.NDArray[np.uint32] = codes.take(compact.token_ids)
+        except IndexError as error:
+            raise CacheCorruptError(
+                f"{where}: code {compact.token_ids.max()} of {len(codes)} stands for no token id"
+            ) from error
+        if self.id_tables is None:
+            return before
+        assert contexts is not None, "tables renumber ids by the token before"
+        return self.id_tables.token_ids(before, compact.num_entries, contexts, where)
+
+    @property
+    def renumbers(self) -> bool:
+        """Whether ids are stored as codes: always, but in vocabularies for which the order of each row would be too long."""
+        return self.name == "packed" and self.vocab_size <= MAX_VOCAB
+
+    @property
+    def _num_listed(self) -> int:
+        """Codes that are places in lists."""
+        return 0 if self.id_tables is None else self.id_tables.list_length
 
     @property
     def column_names(self) -> tuple[str, ...]:
@@ -208,6 +248,8 @@ class Codec:
         names = _COLUMNS[self.name]
         if self.frequencies:
             names = tuple(name for name in names if name not in _UNKNOWN_TO_FREQUENCIES)
+        if self.renumbers:
+            names += ("frequent_gaps", "frequent_steps")
         if self.has_bits:
             names += ("id_bits",)
         if self.num_draws:
@@ -353,7 +395,7 @@ def _decode_packed(codec: Codec, frames: Frames, n: int, where: str) -> CompactT
         token_ids = packed.join_ids(few, num_few, rest, num_rest)
     else:
         token_ids = _read_ids(frames, order, num_entries, where)
-    if len(token_ids) and int(token_ids.max()) > np.iinfo(np.uint32).max:
+    if token_ids.dtype == np.int64 and int(token_ids.max(initial=0)) > np.iinfo(np.uint32).max:
         raise CacheCorruptError(f"{where}, id_symbols: token ids past 2^32")
     counts = _read_counts(codec, frames, total, where)
     if counts is not None:
@@ -361,7 +403,7 @@ def _decode_packed(codec: Codec, frames: Frames, n: int, where: str) -> CompactT
         counts = np.stack(columns, axis=1)
     known: dict[str, Any] = {
         "num_entries": num_entries,
-        "token_ids": token_ids.astype(np.uint32),
+        "token_ids": token_ids if codec.renumbers else token_ids.astype(np.uint32),
         "label_logprobs": -codec.levels.table[read("label_levels", n)],
         "entropy": (read("entropy", n) * packed.ENTROPY_STEP).astype(np.float32),
         "hidden": _read_hidden(codec, frames, n, where),

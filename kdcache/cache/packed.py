@@ -28,9 +28,9 @@ TAIL_CELLS = 32
 # Log-normalisers are integers of so many nats: what a training run may ask of them is their scale, not their digits.
 LOGZ_STEP = 1 / 8
 LARGEST_LOGZ = 4095.0
-ENTROPY_STEP = 1 / 8
+ENTROPY_STEP = 1 / 4
 # Columns whose bytes change along the way: gaps between ids grow with the rank of an entry, and so do levels.
-BLOCK_BYTES = {"id_bits": 2048, "id_symbols": 4096, "levels": 16384}
+BLOCK_BYTES = {"id_bits": 4096, "id_symbols": 8192, "levels": 32768}
 BLOCK_A_ROW = {"tails", "logz"}
 # Gaps below SMALL take one byte, others a byte and a low byte, those past the escape four bytes more.
 GAP_SMALL, GAP_ESCAPE = 60, 255
