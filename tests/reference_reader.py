@@ -205,9 +205,8 @@ def read_packed(array, n, spec):
 
 def by_rank(num_entries):
     """The row of each entry in the order in which they are stored."""
-    by_count = sorted(range(len(num_entries)), key=lambda row: -num_entries[row])
     for rank in range(max(num_entries, default=0)):
-        yield from (row for row in by_count if rank < num_entries[row])
+        yield from (row for row, number in enumerate(num_entries) if rank < number)
 
 
 def max_entries(targets, vocab_size):

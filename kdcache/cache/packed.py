@@ -106,8 +106,7 @@ def tail_table(num_temperatures: int) -> FloatArray:
 class ColumnOrder:
     """Entries by rank inside the position first, then by position: neighbours in a frame then look alike.
 
-    Positions are taken by falling number of entries, so that the entries of one rank are a prefix of them. Where all have the
-    same number this is a transposed rectangle; where most have nearly the largest, one with holes.
+    Where all positions have the same number this is a transposed rectangle; where most have nearly the largest, one with holes.
 
     Args:
         num_entries: ``[N]``.
@@ -117,30 +116,28 @@ class ColumnOrder:
         counts = num_entries.astype(np.int64)
         self._k, self._counts = int(counts.max(initial=0)), counts
         self.is_rectangle = bool((counts == self._k).all())
-        self._has_holes = not self.is_rectangle and self._k * len(counts) <= MAX_HOLES * int(counts.sum())
         if self.is_rectangle:
             return
-        # numpy sorts 16 bits by their digits.
+        self._has_holes = self._k * len(counts) <= MAX_HOLES * int(counts.sum())
         narrow: npt.NDArray[Any] = counts.astype(np.uint16) if self._k < 1 << 16 else counts
-        self._by_count = np.argsort(self._k - narrow, kind="stable")
         ranks: npt.NDArray[Any] = np.arange(self._k).astype(narrow.dtype)
-        in_columns = ranks[:, None] < narrow[self._by_count]
+        self._in_columns = ranks[:, None] < narrow
         if self._has_holes:
-            self._in_rows, self._in_columns = ranks < narrow[:, None], in_columns
+            self._in_rows = ranks < narrow[:, None]
         else:
-            starts = (np.cumsum(counts) - counts)[self._by_count]
-            self._entries = (starts + np.arange(self._k)[:, None])[in_columns]
+            self._entries = (np.cumsum(counts) - counts + np.arange(self._k)[:, None])[self._in_columns]
 
     def to_columns(self, entries: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """``[E]`` in the order of the targets, into that of the columns."""
         if self.is_rectangle:
             return entries.reshape(-1, max(self._k, 1)).T.ravel()
-        if not self._has_holes:
-            columns: npt.NDArray[Any] = entries[self._entries]
-            return columns
-        rows = np.zeros(self._in_rows.shape, dtype=entries.dtype)
-        rows[self._in_rows] = entries
-        columns = np.ascontiguousarray(rows[self._by_count].T)[self._in_columns]
+        columns: npt.NDArray[Any]
+        if self._has_holes:
+            rows = np.zeros(self._in_rows.shape, dtype=entries.dtype)
+            rows[self._in_rows] = entries
+            columns = np.ascontiguousarray(rows.T)[self._in_columns]
+        else:
+            columns = entries[self._entries]
         return columns
 
     def to_rows(self, columns: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -154,16 +151,14 @@ class ColumnOrder:
         return out
 
     def _with_holes(self, columns: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """``[K, N]`` by rank and falling number of entries, zero where a position has none."""
+        """``[K, N]`` by rank, zero where a position has no such entry."""
         ranks = np.zeros(self._in_columns.shape, dtype=columns.dtype)
         ranks[self._in_columns] = columns
         return ranks
 
     def _close_holes(self, ranks: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """``[E]`` in the order of the targets."""
-        rows = np.empty(self._in_rows.shape, dtype=ranks.dtype)
-        rows[self._by_count] = ranks.T
-        entries: npt.NDArray[Any] = rows[self._in_rows]
+        entries: npt.NDArray[Any] = np.ascontiguousarray(ranks.T)[self._in_rows]
         return entries
 
     def ids_from_gaps(self, gaps: npt.NDArray[np.uint16] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

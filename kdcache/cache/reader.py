@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.cache.codec import CompactTargets
 from kdcache.cache.commit import current_manifest, load_codec
+from kdcache.cache.compact import CompactTargets
 from kdcache.cache.layout import shard_name, table_name
 from kdcache.cache.manifest import Manifest
 from kdcache.cache.shard import ShardReader, content_hash, digest

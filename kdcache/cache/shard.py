@@ -15,7 +15,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
-from kdcache.cache.codec import Codec, CompactTargets
+from kdcache.cache.codec import Codec
+from kdcache.cache.compact import CompactTargets
 from kdcache.cache.frames import compress, read_array
 from kdcache.errors import CacheCorruptError
 from kdcache.targets import SparseTargets, TokenSequence, UIntArray

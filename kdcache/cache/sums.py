@@ -6,7 +6,8 @@ import logging
 
 import numpy as np
 
-from kdcache.cache.codec import Codec, Frames
+from kdcache.cache.codec import Codec
+from kdcache.cache.columns import Frames
 from kdcache.cache.manifest import ShardStats
 from kdcache.targets import SparseTargets, TokenSequence, kl_of_stored
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from kdcache.cache.codec import CompactTargets
+from kdcache.cache.compact import CompactTargets
 from kdcache.cache.reader import CacheReader
 from kdcache.heads import OutputHead
 from kdcache.targets import TokenSequence, in_rectangle, temperature_index

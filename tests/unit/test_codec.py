@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from kdcache.cache import packed
-from kdcache.cache.codec import Codec, bfloat16_to_float, float_to_bfloat16
+from kdcache.cache.codec import Codec
+from kdcache.cache.compact import bfloat16_to_float, float_to_bfloat16
 from kdcache.cache.frames import compress, read_array
 from kdcache.cache.packed import GAP_ESCAPE
 from kdcache.cache.quality import QUALITIES, describe_codec

@@ -1,0 +1,250 @@
+"""The columns of each codec: targets as named arrays, and back out of their frames with every bound checked.
+
+Which columns a codec has, how ids are renumbered before and after, and how arrays become frames is :mod:`kdcache.cache.codec`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from kdcache.cache import packed
+from kdcache.cache.compact import CompactTargets
+from kdcache.cache.frames import read_array
+from kdcache.errors import CacheCorruptError, ConfigError
+from kdcache.targets import CountArray, FloatArray, SparseTargets, UIntArray
+
+if TYPE_CHECKING:
+    from kdcache.cache.codec import Codec
+
+Frames = Mapping[str, bytes | memoryview]
+
+# The largest logprob that rounding of float32 can give.
+MAX_LOGPROB = 1e-4
+
+
+# --- exact ------------------------------------------------------------------------------------------------------------
+
+
+def _encode_exact(codec: Codec, targets: SparseTargets) -> dict[str, npt.NDArray[Any]]:
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "num_entries": targets.num_entries,
+        "token_ids": targets.token_ids,
+        "label_logprobs": targets.label_logprobs,
+        "entropy": targets.entropy,
+    }
+    if not codec.frequencies:
+        arrays |= {"logprobs": targets.logprobs, "tails": targets.tail_logprobs, "logz": targets.logz}
+    if targets.counts is not None:
+        arrays["counts"] = np.ascontiguousarray(targets.counts.T.astype(codec.count_dtype))
+    return arrays
+
+
+def _decode_exact(codec: Codec, frames: Frames, n: int, where: str) -> CompactTargets:
+    def floats(name: str, count: int) -> FloatArray:
+        return cast(FloatArray, read_array(frames[name], np.float32, what=f"{where}, {name}", count=count))
+
+    num_entries = _read_num_entries(codec, frames, n, where, np.uint32)
+    total = int(num_entries.sum(dtype=np.int64))
+    token_ids = cast(UIntArray, read_array(frames["token_ids"], np.uint32, what=f"{where}, token_ids", count=total))
+    label_logprobs, entropy = floats("label_logprobs", n), floats("entropy", n)
+    counts = _read_counts(codec, frames, total, where)
+    known: dict[str, Any] = {
+        "num_entries": num_entries,
+        "token_ids": token_ids,
+        "label_logprobs": label_logprobs,
+        "entropy": entropy,
+        "hidden": _read_hidden(codec, frames, n, where),
+        "counts": counts,
+    }
+    if not (are_logprobs(label_logprobs) and np.isfinite(entropy).all()):
+        raise CacheCorruptError(f"{where}: a label's logprob or an entropy that cannot be")
+    if counts is not None and codec.frequencies:
+        return CompactTargets(**known, **_frequencies(codec, counts, num_entries, where))
+    logprobs, logz = floats("logprobs", total), floats("logz", n)
+    tails = floats("tails", n * len(codec.temperatures)).reshape(n, len(codec.temperatures))
+    if not are_logprobs(logprobs) or not (tails <= MAX_LOGPROB).all():
+        raise CacheCorruptError(f"{where}: a logprob that is not finite and at most 0")
+    if not np.isfinite(logz).all():
+        raise CacheCorruptError(f"{where}: a log-normaliser that is not finite")
+    return CompactTargets(**known, values=logprobs, value_table=None, tails=tails, tail_table=None, logz=logz)
+
+
+# --- packed -----------------------------------------------------------------------------------------------------------
+
+
+def _encode_packed(codec: Codec, targets: SparseTargets) -> dict[str, npt.NDArray[Any]]:
+    if (np.abs(targets.logz) > packed.LARGEST_LOGZ).any():
+        raise ConfigError(
+            f"codec packed holds log-normalisers up to {packed.LARGEST_LOGZ:g}, found {np.abs(targets.logz).max():.0f}",
+            hint="dump with --codec exact",
+        )
+    order = packed.ColumnOrder(targets.num_entries)
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "num_entries": targets.num_entries.astype(np.uint8 if codec.max_entries < 256 else np.uint32),
+        "label_levels": codec.levels.nearest(-targets.label_logprobs),
+        "entropy": np.clip(np.rint(targets.entropy / packed.ENTROPY_STEP), 0, 255).astype(np.uint8),
+    }
+    if codec.has_bits:
+        arrays["id_bits"], ids, num_rest = packed.split_ids(targets.token_ids, targets.num_entries)
+        gaps = packed.ColumnOrder(num_rest).to_columns(packed.id_gaps(ids, num_rest))
+    else:
+        gaps = order.to_columns(packed.id_gaps(targets.token_ids, targets.num_entries))
+    arrays["id_symbols"], arrays["id_low"], arrays["id_escapes"] = packed.encode_gaps(gaps)
+    if not codec.frequencies:
+        levels, arrays["lowest_level"] = packed.quantise(codec.levels, targets)
+        arrays["levels"] = order.to_columns(levels)
+        arrays["tails"] = packed.encode_tails(targets.tail_logprobs)
+        arrays["logz"] = packed.encode_logz(targets.logz)
+    if targets.counts is not None:
+        columns = [order.to_columns(targets.counts[:, t]) for t in range(len(codec.temperatures))]
+        pairs, escapes = packed.encode_counts(np.concatenate(columns))
+        arrays |= {"counts": pairs, "count_escapes": escapes.astype(codec.count_dtype)}
+    return arrays
+
+
+def _decode_packed(codec: Codec, frames: Frames, n: int, where: str) -> CompactTargets:
+    def read(name: str, count: int, dtype: npt.DTypeLike = np.uint8) -> npt.NDArray[Any]:
+        return read_array(frames[name], dtype, what=f"{where}, {name}", count=count)
+
+    num_entries = _read_num_entries(codec, frames, n, where, np.uint8 if codec.max_entries < 256 else np.uint32)
+    total = int(num_entries.sum(dtype=np.int64))
+    order = packed.ColumnOrder(num_entries)
+    if codec.has_bits:
+        few, num_few = packed.ids_from_bits(read("id_bits", n * packed.NUM_BITS // 8), n)
+        if (num_few > num_entries).any():
+            raise CacheCorruptError(f"{where}, id_bits: more ids at a position than it has entries")
+        num_rest = num_entries - num_few
+        rest = _read_ids(frames, packed.ColumnOrder(num_rest), num_rest, where)
+        token_ids = packed.join_ids(few, num_few, rest, num_rest)
+    else:
+        token_ids = _read_ids(frames, order, num_entries, where)
+    if token_ids.dtype == np.int64 and int(token_ids.max(initial=0)) > np.iinfo(np.uint32).max:
+        raise CacheCorruptError(f"{where}, id_symbols: token ids past 2^32")
+    counts = _read_counts(codec, frames, total, where)
+    if counts is not None:
+        columns = [order.to_rows(counts[:, t]) for t in range(len(codec.temperatures))]
+        counts = np.stack(columns, axis=1)
+    known: dict[str, Any] = {
+        "num_entries": num_entries,
+        "token_ids": token_ids if codec.renumbers else token_ids.astype(np.uint32),
+        "label_logprobs": -codec.levels.table[read("label_levels", n)],
+        "entropy": (read("entropy", n) * packed.ENTROPY_STEP).astype(np.float32),
+        "hidden": _read_hidden(codec, frames, n, where),
+        "counts": counts,
+    }
+    if counts is not None and codec.frequencies:
+        return CompactTargets(**known, **_frequencies(codec, counts, num_entries, where))
+    below = order.to_rows(read("levels", total))
+    ceiling = np.repeat(read("lowest_level", n), num_entries)
+    if (below > ceiling).any():
+        raise CacheCorruptError(f"{where}, levels: a level below zero")
+    num_temperatures = len(codec.temperatures)
+    return CompactTargets(
+        **known,
+        values=ceiling - below,
+        value_table=-codec.levels.table,
+        tails=read("tails", n * num_temperatures).reshape(num_temperatures, n).T,
+        tail_table=packed.tail_table(num_temperatures),
+        logz=packed.decode_logz(read("logz", 2 * n)),
+    )
+
+
+def _read_ids(frames: Frames, order: packed.ColumnOrder, num_entries: UIntArray, where: str) -> npt.NDArray[np.int64]:
+    """Ids out of their gaps, position by position."""
+
+    def read(name: str, count: int, dtype: npt.DTypeLike = np.uint8) -> npt.NDArray[Any]:
+        return read_array(frames[name], dtype, what=f"{where}, {name}", count=count)
+
+    symbols = read("id_symbols", int(num_entries.sum(dtype=np.int64)))
+    num_escapes = int(np.count_nonzero(symbols == packed.GAP_ESCAPE))
+    num_low = int(np.count_nonzero(symbols >= packed.GAP_SMALL)) - num_escapes
+    escapes = cast(UIntArray, read("id_escapes", num_escapes, np.uint32))
+    return order.ids_from_gaps(packed.decode_gaps(symbols, read("id_low", num_low), escapes))
+
+
+# --- shared -----------------------------------------------------------------------------------------------------------
+
+
+def are_logprobs(*arrays: FloatArray) -> bool:
+    """All finite and at most 0, but for rounding."""
+    return all(bool(np.isfinite(array).all() and (array <= MAX_LOGPROB).all()) for array in arrays)
+
+
+def _read_num_entries(codec: Codec, frames: Frames, n: int, where: str, dtype: npt.DTypeLike) -> UIntArray:
+    num_entries = read_array(frames["num_entries"], dtype, what=f"{where}, num_entries", count=n).astype(np.uint32)
+    if n and int(num_entries.max()) > codec.max_entries:
+        raise CacheCorruptError(
+            f"{where}: {num_entries.max()} entries at a position, the plan allows {codec.max_entries}"
+        )
+    return num_entries
+
+
+def _read_counts(codec: Codec, frames: Frames, total: int, where: str) -> CountArray | None:
+    """``[E, num_temperatures]``, entries in the order of the column."""
+    if not codec.num_draws:
+        return None
+    count, dtype = total * len(codec.temperatures), codec.count_dtype
+    if codec.name == "exact":
+        stored = read_array(frames["counts"], dtype, what=f"{where}, counts", count=count).astype(np.uint16)
+    else:
+        pairs = read_array(frames["counts"], np.uint8, what=f"{where}, counts", count=(count + 1) // 2)
+        stored = packed.small_counts(cast(npt.NDArray[np.uint8], pairs), count)
+        large = np.flatnonzero(stored == packed.COUNT_ESCAPE)
+        beyond = read_array(frames["count_escapes"], dtype, what=f"{where}, count_escapes", count=len(large))
+        if int(beyond.max(initial=0)) > codec.num_draws:
+            raise CacheCorruptError(
+                f"{where}: an entry drawn more than {beyond.max()} times in {codec.num_draws} draws"
+            )
+        stored[large] += beyond.astype(np.uint16)
+    if int(stored.max(initial=0)) > codec.num_draws:
+        raise CacheCorruptError(f"{where}: an entry drawn {stored.max()} times in {codec.num_draws} draws")
+    return stored.reshape(len(codec.temperatures), total).T
+
+
+def _frequencies(codec: Codec, counts: CountArray, num_entries: UIntArray, where: str) -> dict[str, Any]:
+    """What stands in the place of logprobs, tails and log-normalisers where only counts are known.
+
+    ``log(counts)``, which need only be normalised; nothing left out; zeros.
+    """
+    n, values = len(num_entries), counts[:, 0]
+    sound = bool(values.all() and num_entries.all())
+    if sound and n:
+        num_drawn = np.add.reduceat(values, np.cumsum(num_entries, dtype=np.int64) - num_entries, dtype=np.int64)
+        sound = bool((num_drawn == codec.num_draws).all())
+    if not sound:
+        raise CacheCorruptError(
+            f"{where}, counts: {codec.num_draws} draws at each position were expected, of entries drawn at least once"
+        )
+    table, _ = codec.tables()
+    return {
+        "values": np.log(values).astype(np.float32) if table is None else values.astype(np.uint8),
+        "value_table": table,
+        "tails": np.full((n, 1), -np.inf, dtype=np.float32),
+        "tail_table": None,
+        "logz": np.zeros(n, dtype=np.float32),
+        "frequencies": True,
+    }
+
+
+def _read_hidden(codec: Codec, frames: Frames, n: int, where: str) -> FloatArray | npt.NDArray[np.uint16] | None:
+    if not codec.hidden_size:
+        return None
+    dtype = np.uint16 if codec.hidden_dtype == "bfloat16" else np.float32
+    array: npt.NDArray[Any] = read_array(frames["hidden"], dtype, what=f"{where}, hidden", count=n * codec.hidden_size)
+    return array.reshape(n, codec.hidden_size)
+
+
+_Encoder: TypeAlias = "Callable[[Codec, SparseTargets], dict[str, npt.NDArray[Any]]]"
+_Decoder: TypeAlias = "Callable[[Codec, Frames, int, str], CompactTargets]"
+ENCODERS: dict[str, _Encoder] = {"exact": _encode_exact, "packed": _encode_packed}
+DECODERS: dict[str, _Decoder] = {"exact": _decode_exact, "packed": _decode_packed}
+UNKNOWN_TO_FREQUENCIES = ("logprobs", "levels", "lowest_level", "tails", "logz")
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "exact": ("num_entries", "token_ids", "logprobs", "tails", "logz", "label_logprobs", "entropy"),
+    "packed": ("num_entries", "id_symbols", "id_low", "id_escapes", "levels", "lowest_level", "tails", "logz",
+               "label_levels", "entropy"),
+}  # fmt: skip
