@@ -12,7 +12,7 @@ from kdcache.cache.reader import open_cache
 from kdcache.cache.verify import verify_cache
 from kdcache.cli import main
 
-pytestmark = [pytest.mark.real, pytest.mark.xdist_group("real")]
+pytestmark = pytest.mark.real
 
 
 def cli(*arguments):

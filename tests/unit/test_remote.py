@@ -24,8 +24,6 @@ from kdcache.errors import (
 from tests.object_stores import BUCKET, FaultyMemory, faulty_memory, in_threads, moto, s3_environment, seaweed
 from tests.strategies import write_cache
 
-pytestmark = pytest.mark.xdist_group("object stores")
-
 
 @pytest.fixture(scope="module")
 def moto_port():
