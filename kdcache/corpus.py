@@ -22,7 +22,7 @@ import numpy as np
 import xxhash
 
 from kdcache.errors import CorpusError
-from kdcache.specs import CorpusSpec
+from kdcache.specs import CorpusSpec, GenerationSpec
 from kdcache.targets import TokenSequence
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ READERS = {
     ".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text",
 }  # fmt: skip
 COMPRESSION = (".gz", ".zst", ".bz2", ".xz")
-Columns = Literal["text", "prompt_completion", "messages"]
+Columns = Literal["text", "prompt_completion", "messages", "prompt"]
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -129,6 +129,22 @@ def detect_columns(names: Iterable[str], text_column: str | None = None) -> tupl
     raise CorpusError(
         f"columns text, or prompt and completion, or messages were expected, found {sorted(have)}",
         hint="rename a column, or name the text with --text-column",
+    )
+
+
+def prompt_column(names: Iterable[str], text_column: str | None = None) -> tuple[Columns, str]:
+    """Which column of the rows holds prompts: ``prompt``, or chats, whose last answer is left out, or text to go on with.
+
+    Raises:
+        CorpusError: None does.
+    """
+    have = set(names)
+    for column in (text_column,) if text_column is not None else ("prompt", "messages", "text"):
+        if column in have:
+            return "prompt", column
+    raise CorpusError(
+        f"a column prompt, messages or text was expected, found {sorted(have)}",
+        hint="rename a column, or name the prompts with --text-column",
     )
 
 
@@ -239,6 +255,39 @@ def tokenize_row(row: dict[str, Any], spec: CorpusSpec, tokenizer: PreTrainedTok
     if len(ids) < 2 or not any(mask):
         return None
     return Document(np.array(ids, dtype=np.uint32), np.array(mask, dtype=bool))
+
+
+def tokenize_prompt(
+    row: dict[str, Any], column: str, generation: GenerationSpec, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """Token ids after which a teacher answers; none for an empty prompt.
+
+    Raises:
+        CorpusError: The column holds neither text nor a chat.
+    """
+    value = row.get(column)
+    if isinstance(value, str) and not generation.chat:
+        ids: list[int] = tokenizer(value)["input_ids"] if value else []
+        return ids
+    if isinstance(value, str):
+        value = [{"role": "user", "content": value}] if value else []
+    if not isinstance(value, list):
+        raise CorpusError(
+            f"column {column!r}: text or a chat was expected, found {type(value).__name__}: {str(value)[:60]!r}"
+        )
+    while value and value[-1].get("role") == "assistant":
+        value = value[:-1]
+    if not value:
+        return []
+    if tokenizer.chat_template is None:
+        raise CorpusError(
+            "the prompts are chats, but the teacher's tokenizer has no chat template",
+            hint="use prompts of plain text and --no-chat, or an instruction-tuned teacher",
+        )
+    system = [{"role": "system", "content": generation.system}] if generation.system else []
+    text = _render([*system, *value], tokenizer, add_generation_prompt=True)
+    rendered: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return rendered
 
 
 def _expect(row: dict[str, Any], column: str, kind: type) -> Any:
@@ -399,3 +448,13 @@ def mean_row_tokens(rows: Dataset, spec: CorpusSpec, tokenizer: PreTrainedTokeni
     step = max(1, len(rows) // sample)
     documents = [tokenize_row(rows[i], spec, tokenizer) for i in range(0, len(rows), step)]
     return float(np.mean([0 if d is None else len(d.input_ids) for d in documents]))
+
+
+def mean_answered_tokens(
+    rows: Dataset, spec: CorpusSpec, generation: GenerationSpec, tokenizer: PreTrainedTokenizerBase, sample: int = 128
+) -> float:
+    """Tokens of a row's prompt and answers at most, on average, from rows spread evenly."""
+    step = max(1, len(rows) // sample)
+    prompts = [tokenize_prompt(rows[i], spec.text_column, generation, tokenizer) for i in range(0, len(rows), step)]
+    lengths = [min(len(p) + generation.max_new_tokens, spec.seq_len) for p in prompts if 0 < len(p) < spec.seq_len]
+    return float(sum(lengths) * generation.num_answers / len(prompts))

@@ -62,7 +62,7 @@ class CorpusSpec(Record):
     digest: Digest
     split: str
     num_rows: Positive
-    columns: Literal["text", "prompt_completion", "messages"]
+    columns: Literal["text", "prompt_completion", "messages", "prompt"]
     text_column: str
     seq_len: Annotated[int, Field(ge=2, le=1 << 24)]
     packing: bool
@@ -121,6 +121,40 @@ class TargetSpec(Record):
     def max_entries(self) -> int:
         """Most entries that a position can have."""
         return self.k + self.num_draws * len(self.temperatures)
+
+
+class GenerationSpec(Record):
+    """How a teacher answers prompts, and which of its answers are kept.
+
+    Attributes:
+        max_new_tokens: Of an answer.
+        temperature: Of sampling; 0 takes the most probable token.
+        top_p: Mass of the tokens that are sampled from.
+        top_k: Their number; 0 for all.
+        repetition_penalty: As in transformers; 1 for none.
+        seed: Of sampling.
+        num_answers: To each prompt.
+        chat: Whether a prompt of plain text is what a user says, put through the chat template.
+        system: What the system says before it, or None.
+        min_tokens: Shorter answers are dropped.
+        max_repetition: Answers of whose 4-grams a larger share has been there before are dropped.
+        keep_unfinished: Whether answers that were cut off are kept.
+        keep_duplicates: Whether an answer is kept that the same shard holds already, to the same prompt.
+    """
+
+    max_new_tokens: Annotated[int, Field(ge=1, le=1 << 20)]
+    temperature: Annotated[float, Field(ge=0, le=100)]
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    top_k: Annotated[int, Field(ge=0, le=1 << 32)]
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)]
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)]
+    num_answers: Annotated[int, Field(ge=1, le=1 << 16)]
+    chat: bool
+    system: str | None
+    min_tokens: Count
+    max_repetition: Annotated[float, Field(ge=0, le=1)]
+    keep_unfinished: bool
+    keep_duplicates: bool
 
 
 class CodecSpec(Record):

@@ -28,6 +28,7 @@ from kdcache.specs import (
     CorpusSpec,
     Count,
     Digest,
+    GenerationSpec,
     Positive,
     Record,
     TargetSpec,
@@ -48,7 +49,8 @@ RecordT = TypeVar("RecordT", bound=BaseModel)
 class CacheSpec(Record):
     """Everything that decides the bytes of the shards.
 
-    ``transcoded_from`` is the fingerprint of the cache that these targets were taken from, where it was not the teacher.
+    ``transcoded_from`` is the fingerprint of the cache that these targets were taken from, where it was not the teacher. ``generation``
+    says how the teacher wrote the text itself, where the corpus holds prompts.
     """
 
     teacher: TeacherSpec
@@ -59,6 +61,7 @@ class CacheSpec(Record):
     compute: ComputeSpec
     rows_per_shard: Positive
     transcoded_from: Digest | None = None
+    generation: GenerationSpec | None = None
 
     @model_validator(mode="after")
     def _bounded(self) -> Self:
@@ -68,7 +71,7 @@ class CacheSpec(Record):
 
     def fields(self) -> dict[str, Any]:
         """Dotted name to value, of the fields that count."""
-        flat = dict(_flatten(self.model_dump(mode="json")))
+        flat = dict(_flatten(self.model_dump(mode="json", exclude=None if self.generation else {"generation"})))
         return {name: value for name, value in flat.items() if name not in NAMES_ONLY}
 
     @property
@@ -118,7 +121,7 @@ class Plan(Record):
 class ShardStats(Record):
     """Sums over a shard; the ``sum_*`` are in nats or probability over the targets, ``num_rows_*`` say what became of rows.
 
-    ``sum_codec_kl`` is KL(said ‖ stored) at T = 1 over ``num_kl_targets`` targets, a sample of the sequences.
+    ``num_answers_*`` say which of a teacher's answers were dropped, and why. ``sum_codec_kl`` is KL(said ‖ stored) at T = 1 over ``num_kl_targets`` targets, a sample of the sequences.
     """
 
     num_rows: Count
@@ -134,6 +137,10 @@ class ShardStats(Record):
     sum_label_nll: float
     num_kl_targets: Count
     sum_codec_kl: float
+    num_answers_short: Count = 0
+    num_answers_unfinished: Count = 0
+    num_answers_repetitive: Count = 0
+    num_answers_duplicate: Count = 0
 
 
 def _check_time(text: str) -> str:

@@ -44,8 +44,10 @@ class ShardSums:
             stored = codec.decode(frames, len(targets), f"sequence {index}", contexts).expand(codec.temperatures)
             self._errors[index] = (len(targets), float(kl_of_stored(targets, stored).sum()))
 
-    def total(self, *, num_rows: int, num_skipped: int, num_truncated: int, num_split: int) -> ShardStats:
-        """Statistics for the commit, with what became of the corpus rows."""
+    def total(
+        self, *, num_rows: int, num_skipped: int, num_truncated: int, num_split: int, **dropped: int
+    ) -> ShardStats:
+        """Statistics for the commit, with what became of the corpus rows, and of answers (``num_answers_*``)."""
         columns = list(zip(*(self._rows[index] for index in sorted(self._rows)), strict=True)) or [()] * 6
         errors = [self._errors[index] for index in sorted(self._errors)]
         return ShardStats(
@@ -62,6 +64,7 @@ class ShardSums:
             sum_label_nll=sum(columns[5]),
             num_kl_targets=sum(number for number, _ in errors),
             sum_codec_kl=sum(kl for _, kl in errors),
+            **dropped,
         )
 
 

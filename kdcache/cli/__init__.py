@@ -21,6 +21,7 @@ from kdcache.progress import launched_rank
 
 COMMANDS = {
     "dump-teacher": "kdcache.cli.dump_teacher",
+    "generate": "kdcache.cli.generate",
     "train-student": "kdcache.cli.train_student",
     "init-student": "kdcache.cli.init_student",
     "evaluate": "kdcache.cli.evaluate",

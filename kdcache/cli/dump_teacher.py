@@ -46,7 +46,12 @@ def report(output: str, result: DumpResult) -> None:
         click.echo(f"{done} of {planned} shards are committed; run the same command again to go on", err=True)
         return
     for number, what in (
-        (stats.num_rows_skipped, "rows had nothing to learn and were skipped"),
+        (
+            stats.num_rows_skipped,
+            "prompts were empty, or left no room for an answer"
+            if manifest.spec.generation
+            else "rows had nothing to learn and were skipped",
+        ),
         (stats.num_rows_truncated, "chats or completions were longer than a sequence and were truncated"),
         (stats.num_rows_split, "texts were longer than a sequence and go on in the next"),
     ):

@@ -88,6 +88,11 @@ def against_teacher(
         raise ConfigError(
             f"{reader.store}: " + ("averages teachers" if len(reader) else "the cache holds no sequences")
         )
+    if spec.generation is not None and spec.targets.frequencies:
+        raise ConfigError(
+            f"{reader.store}: draws that were made while the teacher wrote depend on answers that were dropped since",
+            hint="a cache of answers with --targets top_k, or with --entry-logprobs, can be held against its teacher",
+        )
     source = find_model(teacher or spec.teacher.name)
     if (found := model_digest(source)) != spec.teacher.digest:
         raise CacheMismatchError(

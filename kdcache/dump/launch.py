@@ -12,9 +12,10 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,7 @@ def dump(options: DumpOptions) -> DumpResult:
         return loaded[0]
 
     plan, rows = make_plan(store, options, load_worker)
-    write_run(store, "dump-teacher", options, plan.spec.compute.device)
+    write_run(store, options.command, options, plan.spec.compute.device)
     warn_about_versions(plan)
     store.remove_abandoned()
     num_done = len(committed_shards(store))
@@ -114,7 +115,9 @@ def make_worker(store: Store, options: DumpOptions, plan: Plan, rows: Dataset | 
     import torch
 
     from kdcache.dump.average import open_averaged
+    from kdcache.dump.engines.generate import answering_engine
     from kdcache.dump.engines.transformers import TransformersEngine
+    from kdcache.dump.generate import GenerateWorker
     from kdcache.dump.worker import Worker
 
     keep_freed_memory()
@@ -144,13 +147,17 @@ def make_worker(store: Store, options: DumpOptions, plan: Plan, rows: Dataset | 
         head = head_of(model).first(spec.teacher.vocab_size).to_bytes()
         head_digest = digest(head)
         store.put_if_absent(table_name(head_digest), head)
-    return Worker(
+    tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
+    make: Callable[..., Worker] = Worker
+    if spec.generation is not None:
+        make = partial(GenerateWorker, answering=answering_engine(engine, spec.generation, tokenizer))
+    return make(
         store=store,
         plan=plan,
         rows=rows
         if rows is not None
         else load_rows(options.dataset, options.split, config_name=options.dataset_config),
-        tokenizer=load_tokenizer(source, trust_remote_code=options.trust_remote_code),
+        tokenizer=tokenizer,
         engine=engine,
         head_digest=head_digest,
         offset=rank / size,

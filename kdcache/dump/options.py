@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from kdcache.cache.quality import describe_codec
 from kdcache.config import Options, Temperatures, WeightedPaths
-from kdcache.specs import DRAWN, CodecSpec, Scheme, TargetSpec
+from kdcache.specs import DRAWN, CodecSpec, GenerationSpec, Scheme, TargetSpec
 
 DEFAULT_SHARD_POSITIONS = 65_536
 MIN_SHARDS = 16
@@ -16,6 +16,8 @@ MIN_SHARDS = 16
 
 class DumpOptions(Options):
     """What a dump does. None means: decided by the plan, and then kept by it."""
+
+    command: ClassVar[str] = "dump-teacher"
 
     teacher: Annotated[
         str,
@@ -145,6 +147,11 @@ class DumpOptions(Options):
             )
         return self
 
+    @property
+    def generation(self) -> GenerationSpec | None:
+        """How the teacher writes the text itself, if it does."""
+        return None
+
     def target_spec(self, vocab_size: int) -> TargetSpec:
         """The target scheme over a vocabulary; options that the scheme does not use count for nothing."""
         drawn = self.targets in DRAWN
@@ -162,3 +169,75 @@ class DumpOptions(Options):
     def codec_spec(self, targets: TargetSpec) -> CodecSpec:
         """How targets of a scheme are stored."""
         return describe_codec("exact" if targets.scheme == "hidden" else self.codec, self.quality, targets.max_entries)
+
+
+class GenerateOptions(DumpOptions):
+    """What ``kdcache generate`` does: the options of a dump, and those of sampling."""
+
+    command: ClassVar[str] = "generate"
+    # A dump's options that say nothing about answers.
+    WITHOUT: ClassVar[tuple[str, ...]] = ("packing", "append_eos", "assistant_only", "average", "id_tables")
+
+    dataset: Annotated[
+        str,
+        Field(description="Prompts: what dump-teacher takes, with a column prompt (text or a chat), messages or text."),
+    ]
+    packing: bool = False
+    id_tables: Literal["auto", "none"] = "none"
+    seq_len: Annotated[int, Field(ge=2, description="Longest prompt and answer together, in tokens.")] = 1024
+    max_new_tokens: Annotated[int, Field(ge=1, description="Longest answer, in tokens.")] = 256
+    sample_temperature: Annotated[
+        float,
+        Field(
+            ge=0, description="Temperature of sampling; 0 takes the most probable token. Targets do not depend on it."
+        ),
+    ] = 1.0
+    sample_top_p: Annotated[float, Field(gt=0, le=1, description="Sample from the tokens that hold this mass.")] = 1.0
+    sample_top_k: Annotated[int, Field(ge=0, description="Sample from so many tokens; 0 for all.")] = 0
+    repetition_penalty: Annotated[float, Field(gt=0, description="As in transformers; 1 for none.")] = 1.0
+    sample_seed: Annotated[int, Field(ge=0, lt=1 << 63, description="Of sampling.")] = 0
+    num_answers: Annotated[int, Field(ge=1, description="Answers to each prompt.")] = 1
+    chat: Annotated[
+        bool, Field(description="A prompt of plain text is what a user says: put it through the chat template.")
+    ] = False
+    system: Annotated[str | None, Field(description="What the system says before every chat.")] = None
+    min_tokens: Annotated[int, Field(ge=0, description="Drop shorter answers.")] = 1
+    max_repetition: Annotated[
+        float, Field(ge=0, le=1, description="Drop answers of whose 4-grams a larger share has been there before.")
+    ] = 1.0
+    keep_unfinished: Annotated[bool, Field(description="Keep answers that were cut off at their longest.")] = True
+    keep_duplicates: Annotated[
+        bool, Field(description="Keep an answer that the same shard holds already, to the same prompt.")
+    ] = False
+    answers: Annotated[
+        str | None, Field(description="File for prompts and answers as text (jsonl).  [default: OUTPUT/answers.jsonl]")
+    ] = None
+
+    @model_validator(mode="after")
+    def _one_pass(self) -> Self:
+        if self.targets == "hidden":
+            raise ValueError(
+                "hidden states are not kept while a teacher writes; dump the answers with --targets hidden"
+            )
+        if self.packing or self.average:
+            raise ValueError("answers are neither packed nor averaged; dump them as a dataset for that")
+        return self
+
+    @property
+    def generation(self) -> GenerationSpec:
+        """How the teacher writes."""
+        return GenerationSpec(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.sample_temperature,
+            top_p=self.sample_top_p,
+            top_k=self.sample_top_k,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.sample_seed,
+            num_answers=self.num_answers,
+            chat=self.chat,
+            system=self.system,
+            min_tokens=self.min_tokens,
+            max_repetition=self.max_repetition,
+            keep_unfinished=self.keep_unfinished,
+            keep_duplicates=self.keep_duplicates,
+        )

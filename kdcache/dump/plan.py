@@ -17,7 +17,14 @@ from kdcache.cache.reader import open_cache
 from kdcache.cache.shard import digest
 from kdcache.cache.store import Store
 from kdcache.config import library_versions
-from kdcache.corpus import detect_columns, load_rows, mean_row_tokens, source_digest
+from kdcache.corpus import (
+    detect_columns,
+    load_rows,
+    mean_answered_tokens,
+    mean_row_tokens,
+    prompt_column,
+    source_digest,
+)
 from kdcache.dump.average import describe_averaged
 from kdcache.dump.options import DEFAULT_SHARD_POSITIONS, MIN_SHARDS, DumpOptions
 from kdcache.dump.pilot import choose_tables, count_tables
@@ -62,6 +69,13 @@ def finished_before(store: Store, options: DumpOptions) -> Manifest | None:
         "teacher.averaged": [a.model_dump() for a in describe_averaged(options.average, spec.tokenizer)],
         "compute.batch_tokens": options.batch_tokens,
     }
+    if (options.generation is None) != (spec.generation is None):
+        raise CacheMismatchError(
+            f"{store} is finished, and was made by kdcache {'dump-teacher' if spec.generation is None else 'generate'}",
+            hint="use another --output for a new cache",
+        )
+    if options.generation is not None:
+        asked |= {f"generation.{name}": value for name, value in options.generation.model_dump(mode="json").items()}
     if options.id_tables != "none":
         del asked["codec.id_tables"]  # what they are was counted when the plan was made
     if options.text_column is not None:
@@ -101,7 +115,8 @@ def make_plan(
     tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
     tokenizer_spec = describe_tokenizer(tokenizer)
     rows = load_rows(options.dataset, options.split, config_name=options.dataset_config)
-    columns, text_column = detect_columns(rows.column_names, options.text_column)
+    generation = options.generation
+    columns, text_column = (prompt_column if generation else detect_columns)(rows.column_names, options.text_column)
     num_parameters, attention = describe_model(source, config, options.attention)
     _check_context(options, text_config)
     device = pick_device(options.device)
@@ -125,7 +140,12 @@ def make_plan(
         logger.info(
             "--top-k %d is more than the vocabulary: every one of its %d tokens is kept", options.top_k, vocab_size
         )
-    codec, tokens_per_row = options.codec_spec(targets), mean_row_tokens(rows, corpus, tokenizer)
+    codec = options.codec_spec(targets)
+    tokens_per_row = (
+        mean_answered_tokens(rows, corpus, generation, tokenizer)
+        if generation
+        else mean_row_tokens(rows, corpus, tokenizer)
+    )
     spec = CacheSpec(
         teacher=TeacherSpec(
             name=options.teacher,
@@ -148,6 +168,7 @@ def make_plan(
             chunk_positions=CHUNK_POSITIONS.get(device.split(":")[0], 4096),
         ),
         rows_per_shard=_rows_of_others(standing, options) or _rows_per_shard(options, rows, tokens_per_row),
+        generation=generation,
     )
     logger.info(
         "%d rows (%s) in %d shards; teacher %s, %s",

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -108,8 +109,8 @@ class Worker:
         """Dump one shard; its last batch and its commit are finished in the background."""
         started, splits_before = time.monotonic(), self.engine.num_splits
         spec, shard = self.plan.spec, lease.shard
-        rows, counts = (self.rows[i] for i in spec.rows(shard)), CorpusCounts()
-        sequences = make_sequences(rows, spec.corpus, self.tokenizer, counts)
+        counts, dropped = CorpusCounts(), Counter[str]()
+        sequences: dict[int, TokenSequence] = {}
         frames: dict[int, dict[str, bytes]] = {}
         stats = ShardSums()
         codec = self._codec = self._codec or load_codec(self.store, spec)
@@ -124,11 +125,11 @@ class Worker:
 
         def finish() -> None:
             builder = ShardBuilder(codec, self.plan.fingerprint, shard)
-            for index, sequence in enumerate(sequences):
-                builder.add_frames(sequence, frames[index])
+            for index in range(len(sequences)):
+                builder.add_frames(sequences[index], frames[index])
             total = stats.total(
                 num_rows=counts.num_rows, num_skipped=counts.num_skipped, num_truncated=counts.num_truncated,
-                num_split=counts.num_split,
+                num_split=counts.num_split, **dropped,
             )  # fmt: skip
             warn_about_error(total, spec.codec.max_kl, f"shard {shard:05d}", factor=SHARD_FACTOR)
             commit_shard(
@@ -139,6 +140,18 @@ class Worker:
             self._release(lease)
             self.on_committed()
 
+        for indices, batch, targets in self.said(lease, counts, dropped):
+            sequences |= dict(zip(indices, batch, strict=True))
+            self._submit(partial(encode, indices, targets))
+        self._submit(finish)
+
+    def said(
+        self, lease: Lease, counts: CorpusCounts, dropped: Counter[str]
+    ) -> Iterator[tuple[list[int], list[TokenSequence], list[SparseTargets]]]:
+        """The sequences of a shard with their numbers and targets, a batch at a time; what becomes of rows is counted on the way."""
+        spec, shard = self.plan.spec, lease.shard
+        rows = (self.rows[i] for i in spec.rows(shard))
+        sequences = make_sequences(rows, spec.corpus, self.tokenizer, counts)
         batches = plan_batches([len(sequence) for sequence in sequences], spec.compute.batch_tokens)
         for number, indices in enumerate(batches, start=1):
             lease.renew()
@@ -147,9 +160,8 @@ class Worker:
                 targets = self.engine.run(batch, [sequence_id(shard, i) for i in indices])
             except TeacherOutputError as error:
                 raise self._name_culprit(shard, indices, batch, error) from error
-            self._submit(partial(encode, indices, targets))
+            yield indices, batch, targets
             self.on_progress(sum(len(sequence) for sequence in batch), number / len(batches))
-        self._submit(finish)
 
     def _todo(self) -> list[int]:
         done = committed_shards(self.store)

@@ -120,7 +120,7 @@ class TransformersEngine:
             chunk_uniforms = None if uniforms is None else uniforms[rows]
             chunks.append(select(logits_CV, labels_N[rows], self.targets, chunk_uniforms))
         keep_hidden = self.targets.scheme == "hidden"
-        return self._split(chunks, given_NX if keep_hidden else None, [int(mask.sum()) for mask in masks])
+        return self.split(chunks, given_NX if keep_hidden else None, [int(mask.sum()) for mask in masks])
 
     def _uniforms(
         self, batch: list[TokenSequence], sequence_ids: Sequence[int], device: torch.device
@@ -133,7 +133,7 @@ class TransformersEngine:
         ]
         return torch.from_numpy(np.concatenate(parts)).to(device)
 
-    def _split(self, chunks: list[Selected], hidden_ND: torch.Tensor | None, sizes: list[int]) -> list[SparseTargets]:
+    def split(self, chunks: list[Selected], hidden_ND: torch.Tensor | None, sizes: list[int]) -> list[SparseTargets]:
         """Back to the host, a sequence at a time."""
         per_position: dict[str, np.ndarray] = {}
         per_entry: dict[str, np.ndarray] = {}

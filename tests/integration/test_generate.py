@@ -1,0 +1,222 @@
+"""A teacher that writes: its answers are transformers' own, and what is kept of them is what it said."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kdcache.cache.commit import read_commits
+from kdcache.cache.layout import commit_name
+from kdcache.cache.reader import open_cache
+from kdcache.cache.store import LocalStore
+from kdcache.cache.verify import verify_cache
+from kdcache.cli import main
+from kdcache.dump.audit import against_teacher
+from kdcache.dump.engines.generate import Answer
+from kdcache.dump.generate import keep_answers, repetition
+from kdcache.dump.launch import dump
+from kdcache.dump.options import DumpOptions, GenerateOptions
+from kdcache.errors import CacheMismatchError, ConfigError, CorpusError
+from kdcache.targets import TokenSequence
+from tests.abuse.crashes import assert_same, contents
+from tests.conftest import texts
+from tests.integration.test_dump import own_logits
+from tests.integration.test_train import run
+from tests.strategies import log_softmax
+
+PROMPTS = 14
+
+
+@pytest.fixture(scope="module")
+def prompts_file(tmp_path_factory):
+    """Prompts of different lengths, two of them the same, one empty, one that leaves no room."""
+    asked = [" ".join(text.split()[: 2 + number]) for number, text in enumerate(texts(PROMPTS - 3))]
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    lines = [*asked, asked[0], "", " ".join(["grass"] * 200)]
+    path.write_text("".join(json.dumps({"prompt": line}) + "\n" for line in lines))
+    return str(path)
+
+
+def asked(teacher, prompts, output, **changes):
+    given = {
+        "seq_len": 64, "threads": 1, "top_k": 8, "temperatures": (1.0, 2.0), "shard_positions": 150, "device": "cpu", "dtype": "float32",
+        "max_new_tokens": 12, "batch_tokens": 200,
+    }  # fmt: skip
+    return GenerateOptions(teacher=teacher, dataset=prompts, output=str(output), **(given | changes))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory, tiny_teacher, prompts_file):
+    folder = tmp_path_factory.mktemp("generate") / "cache"
+    dump(asked(tiny_teacher, prompts_file, folder))
+    return folder
+
+
+SCHEMES = [{}, {"targets": "top_p", "top_p": 0.3, "top_k": 60}, {"targets": "sampled", "num_draws": 10, "entry_logprobs": True},
+           {"targets": "hybrid", "top_k": 4, "num_draws": 6}]  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.get("targets", "top_k"))
+def test_what_is_kept_is_what_the_model_says_of_the_finished_text(tmp_path, tiny_teacher, prompts_file, scheme):
+    """Out of a key-value cache and left padding, against one forward over prompt and answer."""
+    dump(asked(tiny_teacher, prompts_file, tmp_path / "c", codec="exact", **scheme))
+    found = open_cache(tmp_path / "c")
+    assert len(found) > PROMPTS / 2
+    for row in found:
+        logprobs = log_softmax(own_logits(tiny_teacher, row.sequence))
+        position = np.repeat(np.arange(len(row.targets)), row.targets.num_entries)
+        np.testing.assert_allclose(row.targets.logprobs, logprobs[position, row.targets.token_ids], atol=5e-5)
+        labels = row.sequence.input_ids[row.sequence.loss_mask]
+        np.testing.assert_allclose(row.targets.label_logprobs, logprobs[np.arange(len(labels)), labels], atol=5e-5)
+        if not scheme:
+            assert (np.sort(logprobs, 1)[:, -8] <= row.targets.logprobs.reshape(-1, 8).min(1) + 1e-4).all()
+
+
+def test_greedy_answers_are_those_of_transformers(tmp_path, tiny_teacher, prompts_file):
+    dump(asked(tiny_teacher, prompts_file, tmp_path / "c", sample_temperature=0.0))
+    model = AutoModelForCausalLM.from_pretrained(tiny_teacher, dtype=torch.float32).eval()
+    for row in open_cache(tmp_path / "c"):
+        ids, mask = row.sequence.input_ids.astype(np.int64), row.sequence.loss_mask
+        written = model.generate(torch.tensor(ids[~mask])[None], max_new_tokens=12, do_sample=False)[0, (~mask).sum() :]
+        assert written.tolist()[: mask.sum()] == ids[mask].tolist()
+
+
+def test_the_same_bytes_however_it_was_divided(tmp_path, tiny_teacher, prompts_file, cache):
+    dump(asked(tiny_teacher, prompts_file, tmp_path / "two", workers=2))
+    assert_same(tmp_path / "two", contents(cache))
+    again = tmp_path / "again"
+    dump(asked(tiny_teacher, prompts_file, again))
+    assert len(read_commits(LocalStore(again))) > 2
+    for shard in (1, 2):
+        (again / commit_name(shard)).unlink()
+    (again / "manifest.json").unlink()
+    dump(asked(tiny_teacher, prompts_file, again))
+    assert_same(again, contents(cache))
+    assert dump(asked(tiny_teacher, prompts_file, again)).already_done
+
+
+def test_sampling_is_the_seeds(tmp_path, tiny_teacher, prompts_file, cache):
+    dump(asked(tiny_teacher, prompts_file, tmp_path / "other", sample_seed=1))
+    first, second = (
+        [row.sequence.input_ids.tolist() for row in open_cache(path)] for path in (cache, tmp_path / "other")
+    )
+    assert first != second
+    with pytest.raises(CacheMismatchError, match=r"generation\.seed: the cache has 0, this run asks for 2"):
+        dump(asked(tiny_teacher, prompts_file, cache, sample_seed=2))
+
+
+def test_it_is_a_cache_like_any_other(tmp_path, cache, tiny_student):
+    assert verify_cache(LocalStore(cache), deep=True).intact
+    audit = against_teacher(open_cache(cache), 5)
+    assert audit.agrees
+    done = run(str(cache), tiny_student, tmp_path / "student", max_steps=3)
+    assert done.results["steps"] == 3
+
+
+def test_rows_and_answers_are_counted(tmp_path, tiny_teacher, prompts_file):
+    """Two prompts are refused; asked greedily, the same prompt has the same answer in its shard."""
+    dump(
+        asked(tiny_teacher, prompts_file, tmp_path / "c", sample_temperature=0.0, num_answers=2, shard_positions=10_000)
+    )
+    stats = open_cache(tmp_path / "c").manifest.stats
+    assert (stats.num_rows, stats.num_rows_skipped) == (PROMPTS, 2)
+    # Shards are as small as that a few are made; a second answer is always there already, the doubled prompt only in one shard.
+    assert stats.num_answers_duplicate >= PROMPTS - 2
+    assert stats.num_sequences + stats.num_answers_duplicate == 2 * (PROMPTS - 2)
+    dump(asked(tiny_teacher, prompts_file, tmp_path / "d", sample_temperature=0.0, num_answers=2, keep_duplicates=True))
+    assert open_cache(tmp_path / "d").manifest.stats.num_sequences == 2 * (PROMPTS - 2)
+
+
+def test_answers_are_dropped_for_their_first_reason():
+    def answer(said, *, finished=True):
+        ids = np.array([1, 2, *said], np.uint32)
+        return Answer(TokenSequence(ids, np.arange(len(ids)) > 1, np.zeros(1, np.uint32)), None, finished)
+
+    spec = asked("t", "d", "o", min_tokens=2, max_repetition=0.5, keep_unfinished=False).generation
+    good, other = answer([3, 4, 5]), answer([3, 4, 6])
+    cases = [good, answer([3]), answer([3, 4, 7], finished=False), answer([5] * 20), answer([3, 4, 5]), other]
+    dropped = Counter()
+    assert list(keep_answers(cases, spec, dropped)) == [good, other]
+    assert dropped == {
+        "num_answers_short": 1,
+        "num_answers_unfinished": 1,
+        "num_answers_repetitive": 1,
+        "num_answers_duplicate": 1,
+    }
+
+
+def test_repetition_is_a_share_of_4_grams():
+    assert repetition([1, 2, 3]) == repetition([1, 2, 3, 4, 5]) == 0
+    assert repetition([7] * 13) == 1 - 1 / 10
+    assert repetition([1, 2, 3, 4, 1, 2, 3, 4]) == 1 - 4 / 5
+
+
+def test_the_text_is_a_dataset_that_can_be_dumped(tmp_path, tiny_teacher, prompts_file, cache):
+    flags = ["--teacher", tiny_teacher, "--dataset", prompts_file, "--seq-len", "64", "--max-new-tokens", "12", "--threads", "1",
+             "--device", "cpu", "--dtype", "float32", "--output", str(tmp_path / "c"), "--shard-positions", "150", "--no-keep-unfinished"]  # fmt: skip
+    done = CliRunner().invoke(main, ["generate", *flags])
+    assert done.exit_code == 0, done.output
+    assert "left no room for an answer" in done.output and "cut off" in done.output
+    lines = [json.loads(line) for line in (tmp_path / "c" / "answers.jsonl").read_text().splitlines()]
+    made = open_cache(tmp_path / "c")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)
+    assert len(lines) == len(made)
+    for line, row in zip(lines, made, strict=True):
+        assert tokenizer(line["prompt"])["input_ids"] == row.sequence.input_ids[~row.sequence.loss_mask].tolist()
+        said = row.sequence.input_ids[row.sequence.loss_mask]
+        assert line["completion"] == tokenizer.decode(said, skip_special_tokens=True)
+    again = CliRunner().invoke(main, ["generate", *flags])
+    assert again.exit_code == 0 and "all done" in again.output
+    changed = CliRunner().invoke(main, ["dump-teacher", *flags[:4], "--output", str(tmp_path / "c")])
+    assert changed.exit_code == 1 and "was made by kdcache generate" in changed.output
+
+
+def test_chats_are_answered_by_chats(tmp_path, tiny_teacher):
+    chats = tmp_path / "chats.jsonl"
+    asks, told = {"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}
+    rows = [[asks], [asks, told], [asks, told, {"role": "user", "content": "a dog"}]]
+    chats.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    options = asked(tiny_teacher, str(chats), tmp_path / "c", answers=str(tmp_path / "a.jsonl"), system="rain fell")
+    dump(options)
+    from kdcache.cli.generate import write_text
+
+    write_text(options, options.answers)
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [[message["role"] for message in line["prompt"]] for line in lines][-1] == [
+        "system",
+        "user",
+        "assistant",
+        "user",
+    ]
+    assert all(line["completion"][0]["role"] == "assistant" for line in lines)
+    again = tmp_path / "again"
+    dump(
+        DumpOptions(
+            teacher=tiny_teacher,
+            dataset=str(tmp_path / "a.jsonl"),
+            output=str(again),
+            seq_len=64,
+            threads=1,
+            device="cpu",
+        )
+    )
+    assert len(open_cache(again)) > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"targets": "hidden"}, ValueError, "hidden states are not kept"),
+        ({"packing": True}, ValueError, "neither packed"),
+        ({"text_column": "question"}, CorpusError, "a column prompt"),
+        ({"chat": True, "seq_len": 8}, ConfigError, "nothing|anything"),
+    ],
+)
+def test_bad_input_is_told_apart(tmp_path, tiny_teacher, prompts_file, changes, error, says):
+    with pytest.raises(error, match=says):
+        dump(asked(tiny_teacher, prompts_file, tmp_path / "c", **changes))
+    assert not (tmp_path / "c" / "plan.json").exists()
