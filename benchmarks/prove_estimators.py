@@ -23,12 +23,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import results_file
 from benchmarks.renormalised import renormalised
-from kdcache.corpus import load_rows
 from kdcache.dump.draw import position_uniforms
 from kdcache.dump.select import Selected, select
 from kdcache.heads import head_of, hidden_states
 from kdcache.model_files import find_model
 from kdcache.models import load_model, load_tokenizer
+from kdcache.rows import load_rows
 from kdcache.specs import DRAWN, TargetSpec
 from kdcache.train.kernel import chunk_loss
 from kdcache.train.objective import BucketTargets, Objective

@@ -5,7 +5,7 @@ process moves to its device before it turns integers into logprobs:
 
 - ``exact``: raw ids and float32. The oracle of every other codec, and the container of the ``hidden`` scheme.
 - ``packed``: ids renumbered so that likely ones are small, ascending and gap-coded; logprobs as one-byte levels whose step grows
-  toward the tail, tails as one byte of log-odds. Declares its error (:meth:`Codec.logprob_error_bound`).
+  toward the tail, tails as one byte of log-odds. Declares its error (``logprob_error_bound``).
 
 **Trade.** The quantisation error of ``packed`` (KL below 1e-3 nats) is a hundredth of what keeping only 64 of 49,152
 entries costs, and about the numeric noise of a bf16 teacher. Kept entries are rescaled on decode to ``1 - tail``, so
@@ -16,8 +16,7 @@ Refuses what its levels cannot hold (a logprob below about -200 nats).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -27,40 +26,15 @@ from kdcache.cache.columns import COLUMNS, DECODERS, ENCODERS, MAX_LOGPROB, UNKN
 from kdcache.cache.compact import CompactTargets, float_to_bfloat16
 from kdcache.cache.frames import compress, read_array
 from kdcache.cache.own_order import GAP_GOES_ON, OwnOrder, most_gap_bytes
-from kdcache.cache.tables import MAX_VOCAB, IdTables, sorted_by
+from kdcache.cache.parameters import CodecParameters
+from kdcache.cache.tables import sorted_by
 from kdcache.errors import CacheCorruptError, TeacherOutputError
-from kdcache.targets import FloatArray, SparseTargets, UIntArray
-
-CodecName = Literal["exact", "packed"]
+from kdcache.targets import SparseTargets, UIntArray
 
 
 @dataclass(frozen=True, slots=True)
-class Codec:
-    """A way to store targets: its name and everything a reader needs to undo it.
-
-    Attributes:
-        name: ``exact`` or ``packed``.
-        vocab_size: V; ids are below it.
-        temperatures: Declared temperatures.
-        max_entries: Largest number of entries at a position.
-        levels: Of logprobs (packed).
-        num_draws: Draws a position and temperature of the schemes that draw, else 0.
-        frequencies: Whether only the counts of drawn entries are kept.
-        hidden_size: D of the ``hidden`` scheme, else 0.
-        hidden_dtype: What hidden states are stored as.
-        id_tables: A renumbering of token ids by the token before (packed), or None.
-    """
-
-    name: CodecName
-    vocab_size: int
-    temperatures: tuple[float, ...]
-    max_entries: int
-    levels: packed.Levels = packed.STANDARD
-    num_draws: int = 0
-    frequencies: bool = False
-    hidden_size: int = 0
-    hidden_dtype: Literal["float32", "bfloat16"] = "float32"
-    id_tables: IdTables | None = None
+class Codec(CodecParameters):
+    """A way to store targets."""
 
     def encode(self, targets: SparseTargets, contexts: UIntArray | None = None) -> dict[str, bytes]:
         """Frames by column name, the same names for every sequence of a cache.
@@ -83,7 +57,7 @@ class Codec:
                 assert contexts is not None, "tables renumber ids by the token before"
                 codes = self.id_tables.codes(codes, targets.num_entries, contexts)
             # numpy indexes with this type alone: converted once.
-            codes, start = codes.astype(np.intp), self._num_listed
+            codes, start = codes.astype(np.intp), self.num_listed
             order = OwnOrder.count(codes[codes >= start] - start if start else codes)
             targets = sorted_by(targets, order.codes(start, self.vocab_size).take(codes))
             arrays = {"frequent_gaps": order.gaps(), "frequent_steps": order.steps}
@@ -157,7 +131,7 @@ class Codec:
         order = OwnOrder.of(
             cast(npt.NDArray[np.uint8], gaps), cast(npt.NDArray[np.uint8], steps), self.vocab_size, where
         )
-        codes = order.undo(self._num_listed, self.vocab_size)
+        codes = order.undo(self.num_listed, self.vocab_size)
         try:
             before: npt.NDArray[np.uint32] = codes.take(compact.token_ids)
         except IndexError as error:
@@ -168,16 +142,6 @@ class Codec:
             return before
         assert contexts is not None, "tables renumber ids by the token before"
         return self.id_tables.token_ids(before, compact.num_entries, contexts, where)
-
-    @property
-    def renumbers(self) -> bool:
-        """Whether ids are stored as codes: always, but in vocabularies for which the order of each row would be too long."""
-        return self.name == "packed" and self.vocab_size <= MAX_VOCAB
-
-    @property
-    def _num_listed(self) -> int:
-        """Codes that are places in lists."""
-        return 0 if self.id_tables is None else self.id_tables.list_length
 
     @property
     def column_names(self) -> tuple[str, ...]:
@@ -192,46 +156,3 @@ class Codec:
         if self.num_draws:
             names += ("counts",) if self.name == "exact" else ("counts", "count_escapes")
         return names + (("hidden",) if self.hidden_size else ())
-
-    @property
-    def has_bits(self) -> bool:
-        """Whether the smallest ids are kept as bits: where they are renumbered, and many of a position are kept."""
-        return self.id_tables is not None and not self.num_draws
-
-    @property
-    def count_dtype(self) -> type[np.uint8] | type[np.uint16]:
-        """Of draws."""
-        return np.uint8 if self.num_draws < 256 else np.uint16
-
-    def logprob_error_bound(self, logprobs: FloatArray) -> FloatArray:
-        """Largest difference in nats between a stored and a true logprob, for each of ``logprobs``.
-
-        exact: rounding of float32. packed: a step and a half of the level (half a step of rounding, one more where an entry
-        had to make room so that the teacher's first choice stays first); what rescaling all K entries of mass M together
-        can shift, at most ``0.65 step (K / M)^growth`` by Hoelder's inequality, with M no less than the entry itself; and
-        the tail's own error. Of frequencies only the label has a logprob: a step.
-        """
-        if self.name == "exact":
-            return np.full_like(logprobs, 1e-5)
-        if self.frequencies:
-            return self.levels.step_at(-logprobs + packed.LEVEL_MAX_STEP)
-        step = self.levels.step_at(-logprobs + packed.LEVEL_MAX_STEP)
-        together = self.levels.step * (self.max_entries * np.exp(-logprobs)) ** self.levels.growth
-        shift = 0.65 * np.minimum(together, packed.LEVEL_MAX_STEP)
-        return np.asarray(1.5 * step + shift + packed.TAIL_ERROR, dtype=np.float32)
-
-    def tables(self) -> tuple[FloatArray | None, FloatArray | None]:
-        """Value table ``[256]`` and tail table ``[num_temperatures, 256]`` of this codec's compact targets, or None."""
-        if self.frequencies:
-            return (_log_counts() if self.num_draws < 256 else None), None
-        if self.name == "exact":
-            return None, None
-        return -self.levels.table, packed.tail_table(len(self.temperatures))
-
-
-@cache
-def _log_counts() -> FloatArray:
-    """``[256]``: log of a count; read-only. The first is of no use, and finite."""
-    table: FloatArray = np.log(np.maximum(np.arange(256), 1)).astype(np.float32)
-    table.setflags(write=False)
-    return table

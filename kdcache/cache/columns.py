@@ -6,7 +6,7 @@ Which columns a codec has, how ids are renumbered before and after, and how arra
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -14,11 +14,9 @@ import numpy.typing as npt
 from kdcache.cache import packed
 from kdcache.cache.compact import CompactTargets
 from kdcache.cache.frames import read_array
+from kdcache.cache.parameters import CodecParameters
 from kdcache.errors import CacheCorruptError, ConfigError
 from kdcache.targets import CountArray, FloatArray, SparseTargets, UIntArray
-
-if TYPE_CHECKING:
-    from kdcache.cache.codec import Codec
 
 Frames = Mapping[str, bytes | memoryview]
 
@@ -29,7 +27,7 @@ MAX_LOGPROB = 1e-4
 # --- exact ------------------------------------------------------------------------------------------------------------
 
 
-def _encode_exact(codec: Codec, targets: SparseTargets) -> dict[str, npt.NDArray[Any]]:
+def _encode_exact(codec: CodecParameters, targets: SparseTargets) -> dict[str, npt.NDArray[Any]]:
     arrays: dict[str, npt.NDArray[Any]] = {
         "num_entries": targets.num_entries,
         "token_ids": targets.token_ids,
@@ -43,7 +41,7 @@ def _encode_exact(codec: Codec, targets: SparseTargets) -> dict[str, npt.NDArray
     return arrays
 
 
-def _decode_exact(codec: Codec, frames: Frames, n: int, where: str) -> CompactTargets:
+def _decode_exact(codec: CodecParameters, frames: Frames, n: int, where: str) -> CompactTargets:
     def floats(name: str, count: int) -> FloatArray:
         return cast(FloatArray, read_array(frames[name], np.float32, what=f"{where}, {name}", count=count))
 
@@ -76,7 +74,7 @@ def _decode_exact(codec: Codec, frames: Frames, n: int, where: str) -> CompactTa
 # --- packed -----------------------------------------------------------------------------------------------------------
 
 
-def _encode_packed(codec: Codec, targets: SparseTargets) -> dict[str, npt.NDArray[Any]]:
+def _encode_packed(codec: CodecParameters, targets: SparseTargets) -> dict[str, npt.NDArray[Any]]:
     if (np.abs(targets.logz) > packed.LARGEST_LOGZ).any():
         raise ConfigError(
             f"codec packed holds log-normalisers up to {packed.LARGEST_LOGZ:g}, found {np.abs(targets.logz).max():.0f}",
@@ -106,7 +104,7 @@ def _encode_packed(codec: Codec, targets: SparseTargets) -> dict[str, npt.NDArra
     return arrays
 
 
-def _decode_packed(codec: Codec, frames: Frames, n: int, where: str) -> CompactTargets:
+def _decode_packed(codec: CodecParameters, frames: Frames, n: int, where: str) -> CompactTargets:
     def read(name: str, count: int, dtype: npt.DTypeLike = np.uint8) -> npt.NDArray[Any]:
         return read_array(frames[name], dtype, what=f"{where}, {name}", count=count)
 
@@ -174,7 +172,7 @@ def are_logprobs(*arrays: FloatArray) -> bool:
     return all(bool(np.isfinite(array).all() and (array <= MAX_LOGPROB).all()) for array in arrays)
 
 
-def _read_num_entries(codec: Codec, frames: Frames, n: int, where: str, dtype: npt.DTypeLike) -> UIntArray:
+def _read_num_entries(codec: CodecParameters, frames: Frames, n: int, where: str, dtype: npt.DTypeLike) -> UIntArray:
     num_entries = read_array(frames["num_entries"], dtype, what=f"{where}, num_entries", count=n).astype(np.uint32)
     if n and int(num_entries.max()) > codec.max_entries:
         raise CacheCorruptError(
@@ -183,7 +181,7 @@ def _read_num_entries(codec: Codec, frames: Frames, n: int, where: str, dtype: n
     return num_entries
 
 
-def _read_counts(codec: Codec, frames: Frames, total: int, where: str) -> CountArray | None:
+def _read_counts(codec: CodecParameters, frames: Frames, total: int, where: str) -> CountArray | None:
     """``[E, num_temperatures]``, entries in the order of the column."""
     if not codec.num_draws:
         return None
@@ -205,7 +203,7 @@ def _read_counts(codec: Codec, frames: Frames, total: int, where: str) -> CountA
     return stored.reshape(len(codec.temperatures), total).T
 
 
-def _frequencies(codec: Codec, counts: CountArray, num_entries: UIntArray, where: str) -> dict[str, Any]:
+def _frequencies(codec: CodecParameters, counts: CountArray, num_entries: UIntArray, where: str) -> dict[str, Any]:
     """What stands in the place of logprobs, tails and log-normalisers where only counts are known.
 
     ``log(counts)``, which need only be normalised; nothing left out; zeros.
@@ -230,7 +228,9 @@ def _frequencies(codec: Codec, counts: CountArray, num_entries: UIntArray, where
     }
 
 
-def _read_hidden(codec: Codec, frames: Frames, n: int, where: str) -> FloatArray | npt.NDArray[np.uint16] | None:
+def _read_hidden(
+    codec: CodecParameters, frames: Frames, n: int, where: str
+) -> FloatArray | npt.NDArray[np.uint16] | None:
     if not codec.hidden_size:
         return None
     dtype = np.uint16 if codec.hidden_dtype == "bfloat16" else np.float32
@@ -238,8 +238,8 @@ def _read_hidden(codec: Codec, frames: Frames, n: int, where: str) -> FloatArray
     return array.reshape(n, codec.hidden_size)
 
 
-_Encoder: TypeAlias = "Callable[[Codec, SparseTargets], dict[str, npt.NDArray[Any]]]"
-_Decoder: TypeAlias = "Callable[[Codec, Frames, int, str], CompactTargets]"
+_Encoder = Callable[[CodecParameters, SparseTargets], dict[str, npt.NDArray[Any]]]
+_Decoder = Callable[[CodecParameters, Frames, int, str], CompactTargets]
 ENCODERS: dict[str, _Encoder] = {"exact": _encode_exact, "packed": _encode_packed}
 DECODERS: dict[str, _Decoder] = {"exact": _decode_exact, "packed": _decode_packed}
 UNKNOWN_TO_FREQUENCIES = ("logprobs", "levels", "lowest_level", "tails", "logz")

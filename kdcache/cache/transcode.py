@@ -16,7 +16,6 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from kdcache.cache.codec import CodecName
 from kdcache.cache.commit import (
     check_is_ours,
     check_writers,
@@ -32,6 +31,7 @@ from kdcache.cache.commit import (
 from kdcache.cache.layout import commit_name, shard_name, table_name
 from kdcache.cache.lease import Lease, claim_first
 from kdcache.cache.manifest import Manifest, Plan, to_json
+from kdcache.cache.parameters import CodecName
 from kdcache.cache.quality import describe_codec
 from kdcache.cache.reader import CacheReader
 from kdcache.cache.shard import ShardBuilder, digest

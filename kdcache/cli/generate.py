@@ -46,10 +46,10 @@ def command(config: str | None, **flags: Any) -> None:
 def write_text(options: GenerateOptions, path: str) -> int:
     """The answers as text."""
     from kdcache.cache.reader import open_cache
-    from kdcache.corpus import load_rows
     from kdcache.dump.generate import write_answers
     from kdcache.model_files import find_model
     from kdcache.models import load_tokenizer
+    from kdcache.rows import load_rows
 
     rows = load_rows(options.dataset, options.split, config_name=options.dataset_config)
     source = find_model(options.teacher, options.revision)

@@ -25,7 +25,6 @@ from kdcache.cache.manifest import Manifest, Plan
 from kdcache.cache.shard import digest
 from kdcache.cache.store import Store, open_store
 from kdcache.cache.sums import warn_about_error
-from kdcache.corpus import load_rows
 from kdcache.dump.options import DumpOptions
 from kdcache.dump.plan import finished_before, make_plan, warn_about_versions
 from kdcache.errors import CacheIncompleteError, ConfigError, KDCacheError
@@ -33,6 +32,7 @@ from kdcache.heads import check_packing, head_of
 from kdcache.model_files import find_model
 from kdcache.models import free_memory, keep_freed_memory, load_model, load_tokenizer, parse_dtype
 from kdcache.progress import Progress, launched_rank
+from kdcache.rows import load_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -17,20 +17,14 @@ from kdcache.cache.reader import open_cache
 from kdcache.cache.shard import digest
 from kdcache.cache.store import Store
 from kdcache.config import library_versions
-from kdcache.corpus import (
-    detect_columns,
-    load_rows,
-    mean_answered_tokens,
-    mean_row_tokens,
-    prompt_column,
-    source_digest,
-)
+from kdcache.corpus import mean_answered_tokens, mean_row_tokens
 from kdcache.dump.average import describe_averaged
 from kdcache.dump.options import DEFAULT_SHARD_POSITIONS, MIN_SHARDS, DumpOptions
 from kdcache.dump.pilot import choose_tables, count_tables
 from kdcache.errors import CacheMismatchError, ConfigError
 from kdcache.model_files import find_model, model_digest
 from kdcache.models import describe_model, describe_tokenizer, load_config, load_tokenizer, parse_dtype, pick_device
+from kdcache.rows import detect_columns, load_rows, prompt_column, source_digest
 from kdcache.specs import ComputeSpec, CorpusSpec, TeacherSpec
 
 if TYPE_CHECKING:

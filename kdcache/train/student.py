@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcache.cache.commit import check_no_cache
-from kdcache.corpus import load_rows
 from kdcache.errors import ConfigError, ModelError
 from kdcache.heads import trunk_of
 from kdcache.model_files import find_model
 from kdcache.models import load_config, load_model, load_tokenizer, parse_dtype, quiet_progress
+from kdcache.rows import load_rows
 from kdcache.train.options import InitOptions
 
 if TYPE_CHECKING:

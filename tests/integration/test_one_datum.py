@@ -8,13 +8,14 @@ from kdcache.cache.reader import open_cache
 from kdcache.cache.shard import ShardBuilder
 from kdcache.cache.store import LocalStore
 from kdcache.cache.sums import ShardSums
-from kdcache.corpus import CorpusCounts, load_rows, make_sequences
+from kdcache.corpus import CorpusCounts, make_sequences
 from kdcache.dump.engines.transformers import TransformersEngine
 from kdcache.dump.options import DumpOptions
 from kdcache.dump.plan import make_plan
 from kdcache.heads import head_of, hidden_states
 from kdcache.model_files import find_model
 from kdcache.models import load_model, load_tokenizer
+from kdcache.rows import load_rows
 from kdcache.train.head import kd_loss
 from kdcache.train.objective import Objective
 from kdcache.train.stream import Item, TargetDecoder, collate

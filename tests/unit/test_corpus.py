@@ -7,17 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from kdcache.corpus import (
-    BUILTIN,
-    CorpusCounts,
-    detect_columns,
-    load_rows,
-    make_sequences,
-    mean_row_tokens,
-    source_digest,
-    tokenize_row,
-)
+from kdcache.corpus import CorpusCounts, make_sequences, mean_row_tokens, tokenize_row
 from kdcache.errors import CorpusError
+from kdcache.rows import BUILTIN, detect_columns, load_rows, source_digest
 from kdcache.specs import CorpusSpec
 from tests.conftest import make_tokenizer
 
