@@ -106,11 +106,20 @@ def resolve_options(kind: type[OptionsT], command: str, flags: Mapping[str, Any]
     """
     values = {} if config is None else read_section(config, command)
     values |= {name: value for name, value in flags.items() if value is not None}
+    return check_options(kind, command, values, "" if config is None else f" ({config})")
+
+
+def check_options(kind: type[OptionsT], command: str, values: Mapping[str, Any], where: str = "") -> OptionsT:
+    """Options of a command from their values.
+
+    Raises:
+        ConfigError: An unknown option (with the nearest known one), or a value that does not fit.
+    """
     known = [field.alias or name for name, field in kind.model_fields.items()]
     for name in values:
         if name not in known:
             raise ConfigError(
-                f"{command}: there is no option {name!r}" + ("" if config is None else f" ({config})"),
+                f"{command}: there is no option {name!r}{where}",
                 hint=_suggestion(name, known),
             )
     try:

@@ -25,6 +25,7 @@ COMMANDS = {
     "train-student": "kdcache.cli.train_student",
     "init-student": "kdcache.cli.init_student",
     "evaluate": "kdcache.cli.evaluate",
+    "sweep": "kdcache.cli.sweep",
     "inspect": "kdcache.cli.inspect",
     "verify": "kdcache.cli.verify",
     "status": "kdcache.cli.status",

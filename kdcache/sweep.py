@@ -1,0 +1,384 @@
+"""``kdcache sweep``: many students from one cache, one table, one plot, and what the cache has saved.
+
+Every student is an ordinary run of ``kdcache train-student`` in a folder of its own, which can be taken up again, looked at and used
+like any other; a run that fails does not end the others. What a sweep adds is the grid, the evaluation of all students
+on the same text, and the sums.
+
+**What is saved** is said from measured times alone: the teacher's rate while the cache was dumped, and the tokens that the students
+were trained on. Distilling live, the teacher reads each of these tokens once for each student.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BeforeValidator, Field
+
+from kdcache.cache.commit import read_commits
+from kdcache.cache.reader import open_cache
+from kdcache.cache.transcode import TranscodeOptions, transcode
+from kdcache.config import Options, check_options
+from kdcache.errors import ConfigError, KDCacheError
+from kdcache.progress import Progress
+from kdcache.train.options import TrainOptions
+
+RESULTS, EVALUATION = "train_results.json", "evaluation.json"
+# Where less is better; of all others more is.
+LESS_IS_BETTER = ("perplexity", "cross_entropy", "forward_kl", "reverse_kl", "calibration_error", "loss")
+OURS = ("output", "seed", "resume", "cache")
+
+
+def _parse_grid(value: Any) -> Any:
+    """``{"alpha": "0.5,0.7"}`` as well as lists."""
+    if not isinstance(value, Mapping):
+        return value
+    return {
+        str(name).replace("-", "_"): [yaml.safe_load(part) for part in given.split(",")] if isinstance(given, str)
+        else given if isinstance(given, list) else [given]
+        for name, given in value.items()
+    }  # fmt: skip
+
+
+class SweepOptions(Options):
+    """What is varied, and what is not."""
+
+    output: Annotated[str, Field(description="Folder of the students, the table and the plot.")]
+    grid: Annotated[
+        dict[str, Annotated[list[Any], Field(min_length=1)]],
+        BeforeValidator(_parse_grid),
+        Field(
+            min_length=1,
+            description="Values of an option of train-student, as alpha=0.5,0.7; or top_k=64,32, which makes smaller caches first. Can be "
+            "given again: every combination is trained.",
+        ),
+    ]
+    train: Annotated[
+        dict[str, Any],
+        Field(
+            default_factory=dict,
+            description="Any other option of train-student, the same for all: cache=C, student=S ... With --config its section "
+            "train-student is taken first.",
+        ),
+    ]
+    seeds: Annotated[int, Field(ge=1, description="Students of each combination, with seeds 0, 1, ...")] = 1
+    teacher_cache: Annotated[
+        str | None,
+        Field(
+            description="A hidden cache of held-out text: every student is evaluated on it, exactly. Without it eval_cache serves."
+        ),
+    ] = None
+    metric: Annotated[str, Field(description="What the table is sorted by and the plot shows.")] = "forward_kl"
+
+
+@dataclass(frozen=True, slots=True)
+class Student:
+    """One run of a sweep.
+
+    Attributes:
+        point: Grid option to value.
+        seed: Of the run.
+        folder: Its output.
+        options: Of ``train-student``.
+    """
+
+    point: dict[str, Any]
+    seed: int
+    folder: Path
+    options: TrainOptions
+
+
+def sweep(options: SweepOptions) -> dict[str, Any]:
+    """Train, evaluate and sum up; running it again does what is left.
+
+    Returns:
+        ``points`` (best first; each with its values, metrics and their spread), ``failed``, ``cost``. Also in ``sweep.json``.
+
+    Raises:
+        ConfigError: An option that train-student does not have, or a value that does not fit, before anything is trained.
+        CacheError: The cache cannot be read, or cut down as the grid asks.
+    """
+    output = Path(options.output)
+    students = list(plan_students(options))
+    output.mkdir(parents=True, exist_ok=True)
+    failed: dict[str, str] = {}
+    with Progress("sweep", len(students)) as progress:
+        for number, student in enumerate(students):
+            progress.update(number, f"{number}/{len(students)} students, now {student.folder.name}")
+            error = train_one(student) or evaluate_one(student, options.teacher_cache)
+            if error:
+                failed[student.folder.name] = error
+    done = [student for student in students if student.folder.name not in failed]
+    points = summarise(done, options.metric)
+    found = {"metric": options.metric, "points": points, "failed": failed, "cost": cost(done)}
+    (output / "sweep.json").write_text(json.dumps(found, indent=2) + "\n")
+    if points:
+        (output / "sweep.svg").write_text(plot(points, list(options.grid), options.metric))
+    return found
+
+
+# --- what is trained --------------------------------------------------------------------------------------------------
+
+
+def plan_students(options: SweepOptions) -> Iterator[Student]:
+    """Every combination and seed, checked; caches that the grid asks for are made."""
+    for name in [*options.grid, *options.train]:
+        if name not in TrainOptions.model_fields and name != "top_k":
+            check_options(TrainOptions, "train-student", {name: None})
+    if taken := [name for name in options.grid if name in OURS or name in options.train]:
+        raise ConfigError(
+            f"--grid {taken[0]}: set once for all, or by the sweep itself",
+            hint="--seeds N varies the seed; for several caches run a sweep of each, or --grid top_k=64,32",
+        )
+    caches = _smaller_caches(options)
+    for values in product(*options.grid.values()):
+        point = dict(zip(options.grid, values, strict=True))
+        given = options.train | {name: value for name, value in point.items() if name != "top_k"}
+        if "top_k" in point:
+            given["cache"] = caches[point["top_k"]]
+        for seed in range(options.seeds):
+            name = "_".join([*(f"{key}={_spelled(value)}" for key, value in point.items()), f"seed={seed}"])
+            folder = Path(options.output) / "students" / name.replace("/", "-").replace(":", "-")
+            resolved = check_options(TrainOptions, "train-student", given | {"output": str(folder), "seed": seed})
+            check_recipe(resolved)
+            yield Student(point, seed, folder, resolved)
+
+
+def check_recipe(options: TrainOptions) -> None:
+    """Refuse what a run would refuse once its turn comes: a loss, schedule or temperature that its caches cannot give.
+
+    Raises:
+        KDCacheError: As ``train-student`` says it.
+    """
+    from kdcache.train.recipe import Recipe
+
+    recipe = Recipe.of(options.alpha, options.temperature, options.loss, options.loss_args)
+    caches, held_out = (
+        [(open_cache(path, allow_incomplete=options.allow_incomplete), weight) for path, weight in paths.items()]
+        for paths in (options.cache, options.eval_cache)
+    )
+    recipe.check(caches, held_out, open_cache(options.student_cache) if options.student_cache else None)
+
+
+def _smaller_caches(options: SweepOptions) -> dict[int, str]:
+    """The cache of each ``top_k`` of the grid."""
+    made: dict[int, str] = {}
+    for k in options.grid.get("top_k", []):
+        cache = options.train.get("cache")
+        if not isinstance(cache, str):
+            raise ConfigError("--grid top_k: one cache to cut down was expected", hint="--train cache=CACHE")
+        if open_cache(cache).spec.targets.k == k:
+            made[k] = cache
+            continue
+        made[k] = str(Path(options.output) / "caches" / f"top_k-{k}")
+        transcode(check_options(TranscodeOptions, "transcode", {"cache": cache, "output": made[k], "top_k": k}))
+    return made
+
+
+def train_one(student: Student) -> str | None:
+    """Train it, unless that is done; why it failed, or None."""
+    from kdcache.train.run import train
+
+    return _without_ending(lambda: train(student.options))
+
+
+def evaluate_one(student: Student, teacher_cache: str | None) -> str | None:
+    """Evaluate it, unless that is done; why it failed, or None."""
+    from kdcache.evaluate.options import EvaluateOptions
+    from kdcache.evaluate.run import evaluate
+
+    file = student.folder / EVALUATION
+    if teacher_cache is None or (
+        file.is_file() and json.loads(file.read_text())["teacher_cache"]["path"] == teacher_cache
+    ):
+        return None
+    options = EvaluateOptions(student=str(student.folder), teacher_cache=teacher_cache, output=str(file))
+    return _without_ending(lambda: evaluate(options))
+
+
+def _without_ending(job: Callable[[], object]) -> str | None:
+    """Run it; what it said where it failed. What it held is given back, so that the next begins as the first did."""
+    from kdcache.models import free_memory
+
+    try:
+        job()
+    except KDCacheError as error:
+        return error.message
+    finally:
+        free_memory()
+    return None
+
+
+# --- what came of it --------------------------------------------------------------------------------------------------
+
+
+def metrics_of(student: Student) -> dict[str, float]:
+    """What is known of a trained student: measured exactly where there is an evaluation, else on its eval_cache."""
+    file = student.folder / EVALUATION
+    if file.is_file():
+        models = json.loads(file.read_text())["models"]
+        found = next(model for model in models if model["role"] == "student")
+    else:
+        results = json.loads((student.folder / RESULTS).read_text())
+        found = {name.removeprefix("eval_"): value for name, value in results.items() if name.startswith("eval_")}
+    return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
+
+
+def summarise(students: list[Student], metric: str) -> list[dict[str, Any]]:
+    """Means and standard deviations over seeds, best first.
+
+    Raises:
+        ConfigError: No student has that metric.
+    """
+    grouped: dict[str, list[Student]] = {}
+    for student in students:
+        grouped.setdefault(json.dumps(student.point), []).append(student)
+    points: list[dict[str, Any]] = []
+    for group in grouped.values():
+        measured = [metrics_of(student) for student in group]
+        names = [name for name in measured[0] if all(name in other for other in measured)]
+        values = {name: [one[name] for one in measured] for name in names}
+        points.append({
+            "point": group[0].point,
+            "seeds": len(group),
+            "mean": {name: statistics.fmean(some) for name, some in values.items()},
+            "deviation": {name: statistics.stdev(some) if len(some) > 1 else 0.0 for name, some in values.items()},
+        })  # fmt: skip
+    for one in points:
+        if metric not in one["mean"]:
+            raise ConfigError(
+                f"--metric {metric}: what is known of the students is {', '.join(sorted(one['mean'])) or 'nothing'}",
+                hint="--teacher-cache CACHE, or --train eval_cache=CACHE, measures them on held-out text",
+            )
+    sign = 1 if metric in LESS_IS_BETTER else -1
+    return sorted(points, key=lambda one: sign * one["mean"][metric])
+
+
+def cost(students: list[Student]) -> dict[str, Any]:
+    """What the teacher took once, and what it would have taken beside each student."""
+    if not students:
+        return {}
+    paths = {path for student in students for path in student.options.cache}
+    readers = [open_cache(path) for path in sorted(paths)]
+    # Caches that were cut down cost the teacher nothing.
+    dumped = [reader for reader in readers if reader.spec.transcoded_from is None] or readers[:1]
+    seconds = sum(commit.seconds for reader in dumped for commit in read_commits(reader.store))
+    rate = sum(reader.manifest.stats.num_positions for reader in dumped) / max(seconds, 1e-9)
+    tokens = [json.loads((student.folder / RESULTS).read_text())["train_tokens"] for student in students]
+    live = sum(tokens) / rate
+    return {
+        "dump_seconds": round(seconds, 1),
+        "teacher_tokens_per_second": round(rate, 1),
+        "num_students": len(students),
+        "train_tokens": sum(tokens),
+        "live_teacher_seconds": round(live, 1),
+        "saved_seconds": round(live - seconds, 1),
+        "break_even_students": math.ceil(seconds / (live / len(students))) if live else None,
+    }
+
+
+# --- shown ------------------------------------------------------------------------------------------------------------
+
+
+def table(found: dict[str, Any]) -> str:
+    """Points best first, then what was saved."""
+    metric, points = found["metric"], found["points"]
+    if not points:
+        return "no student was trained"
+    axes = list(points[0]["point"])
+    others = [name for name in ("perplexity", "forward_kl", "reverse_kl", "top1_agreement", "acceptance_rate", "calibration_error")
+              if name in points[0]["mean"] and name != metric]  # fmt: skip
+    shown = [metric, *others]
+    rows = [[*axes, *shown]]
+    for one in points:
+        cells = [f"{one['mean'][name]:.4f}" + f" ± {one['deviation'][name]:.4f}" * (one["seeds"] > 1) for name in shown]
+        rows.append([*(_spelled(one["point"][axis]) for axis in axes), *cells])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    spent = found["cost"]
+    lines.append(
+        f"\n{spent['num_students']} students, {spent['train_tokens']:,} tokens. The teacher ran once, {spent['dump_seconds']:,.0f} s at "
+        f"{spent['teacher_tokens_per_second']:,.0f} tokens/s; beside every student it would have run {spent['live_teacher_seconds']:,.0f} s: "
+        + (f"{spent['saved_seconds']:,.0f} s saved" if spent["saved_seconds"] >= 0 else f"{-spent['saved_seconds']:,.0f} s not yet earned back")
+        + f", earned back with student {spent['break_even_students']}"
+    )  # fmt: skip
+    return "\n".join(lines)
+
+
+def _spelled(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+
+
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 720, 400, 70, 50, 40, 200
+COLOURS = ("#2a6fdb", "#d9622b", "#2f9e6e", "#b0419c", "#8a6d1f", "#5b5bd6", "#c23b4b", "#3f8fa6")
+
+
+def plot(points: list[dict[str, Any]], axes: list[str], metric: str) -> str:
+    """An SVG: the metric over the first option that varies, a line for each combination of the others, spread over seeds as bars."""
+    from xml.sax.saxutils import escape
+
+    axis = next((name for name in axes if len({json.dumps(one["point"][name]) for one in points}) > 1), axes[0])
+    places = list(
+        dict.fromkeys(_spelled(one["point"][axis]) for one in sorted(points, key=lambda p: _order(p["point"][axis])))
+    )
+    lines: dict[str, dict[str, dict[str, Any]]] = {}
+    for one in points:
+        name = ", ".join(f"{key} {_spelled(value)}" for key, value in one["point"].items() if key != axis)
+        lines.setdefault(name, {})[_spelled(one["point"][axis])] = one
+    lows: list[float] = [one["mean"][metric] - one["deviation"][metric] for one in points]
+    highs: list[float] = [one["mean"][metric] + one["deviation"][metric] for one in points]
+    low, high = min(lows), max(highs)
+    pad = (high - low) * 0.08 or abs(high) * 0.05 or 1.0
+    low, high = low - pad, high + pad
+
+    def x(place: str) -> float:
+        return LEFT + (places.index(place) + 0.5) * (WIDTH - LEFT - RIGHT) / len(places)
+
+    def y(value: float) -> float:
+        return TOP + (high - value) * (HEIGHT - TOP - BOTTOM) / (high - low)
+
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" font-family="system-ui, sans-serif" font-size="13">',
+        f"<title>{escape(metric)} over {escape(axis)}</title>",
+        "<style>text{fill:#222}.grid{stroke:#ccc}@media(prefers-color-scheme:dark){text{fill:#ddd}.grid{stroke:#444}}</style>",
+        f'<text x="{LEFT}" y="22" font-weight="600">{escape(metric.replace("_", " "))}</text>',
+    ]
+    for step in range(5):
+        value = low + (high - low) * step / 4
+        out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
+        out.append(f'<text x="{LEFT - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.3g}</text>')
+    for place in places:
+        out.append(f'<text x="{x(place):.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{escape(place)}</text>')
+    out.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 10}" text-anchor="middle">{escape(axis)}</text>')
+    for number, (name, line) in enumerate(lines.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        known = [place for place in places if place in line]
+        path = " ".join(f"{x(place):.1f},{y(line[place]['mean'][metric]):.1f}" for place in known)
+        out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        for place in known:
+            mean, spread = line[place]["mean"][metric], line[place]["deviation"][metric]
+            out.append(
+                f'<line x1="{x(place):.1f}" x2="{x(place):.1f}" y1="{y(mean - spread):.1f}" y2="{y(mean + spread):.1f}" stroke="{colour}"/>'
+            )
+            out.append(
+                f'<circle cx="{x(place):.1f}" cy="{y(mean):.1f}" r="4" fill="{colour}"><title>{mean:.4g} ± {spread:.2g}</title></circle>'
+            )
+        if name:
+            height = TOP + 10 + 20 * number
+            out.append(f'<circle cx="{WIDTH - RIGHT + 20}" cy="{height}" r="4" fill="{colour}"/>')
+            out.append(f'<text x="{WIDTH - RIGHT + 30}" y="{height + 4}">{escape(name)}</text>')
+    return "\n".join([*out, "</svg>"]) + "\n"
+
+
+def _order(value: Any) -> tuple[int, float, str]:
+    """Numbers by size, then everything else by name."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return (0, float(value), "") if is_number else (1, 0.0, str(value))

@@ -1,0 +1,156 @@
+"""A grid of students from one cache: what is trained, taken up again, summed up, refused."""
+
+import json
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from kdcache.cache.commit import read_commits
+from kdcache.cache.reader import open_cache
+from kdcache.cli import main
+from kdcache.dump.launch import dump
+from kdcache.errors import ConfigError
+from kdcache.sweep import SweepOptions, cost, plan_students, plot, sweep, table
+from tests.integration.test_dump import options
+
+TRAIN = {"learning_rate": 3e-3, "max_steps": 3, "per_device_train_batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory, tiny_teacher, corpus_file):
+    root = tmp_path_factory.mktemp("sweep")
+    dump(options(tiny_teacher, corpus_file, root / "cache"))
+    dump(options(tiny_teacher, corpus_file, root / "held", targets="hidden", split="train[:8]"))
+    return root
+
+
+def asked(caches, student, output, grid, **changes):
+    train = TRAIN | {"cache": str(caches / "cache"), "student": student} | changes.pop("train", {})
+    return SweepOptions(output=str(output), grid=grid, train=train, **changes)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, caches, tiny_student):
+    """Two temperatures, one of them twice as small a cache, two seeds."""
+    output = tmp_path_factory.mktemp("swept") / "out"
+    given = asked(
+        caches, tiny_student, output, {"alpha": "0,1", "top_k": "8,4"}, seeds=2, teacher_cache=str(caches / "held")
+    )
+    return given, sweep(given)
+
+
+def test_every_combination_and_seed_is_a_student_of_its_own(swept, caches):
+    given, found = swept
+    folders = sorted(path.name for path in (Path(given.output) / "students").iterdir())
+    assert folders == sorted(
+        f"alpha={alpha}_top_k={k}_seed={seed}" for alpha in (0, 1) for k in (8, 4) for seed in (0, 1)
+    )
+    assert not found["failed"] and len(found["points"]) == 4
+    assert open_cache(Path(given.output) / "caches" / "top_k-4").spec.targets.k == 4
+    assert not (Path(given.output) / "caches" / "top_k-8").exists(), "the cache itself has 8"
+    for folder in folders:
+        assert (Path(given.output) / "students" / folder / "model.safetensors").is_file()
+
+
+def test_means_are_over_seeds_and_the_best_comes_first(swept):
+    given, found = swept
+    kls = [point["mean"]["forward_kl"] for point in found["points"]]
+    assert kls == sorted(kls)
+    best = found["points"][0]
+    name = f"alpha={best['point']['alpha']}_top_k={best['point']['top_k']}"
+    own = []
+    for seed in (0, 1):
+        report = json.loads((Path(given.output) / "students" / f"{name}_seed={seed}" / "evaluation.json").read_text())
+        own.append(next(model["forward_kl"] for model in report["models"] if model["role"] == "student"))
+    assert best["mean"]["forward_kl"] == pytest.approx(sum(own) / 2)
+    assert best["deviation"]["forward_kl"] == pytest.approx(abs(own[0] - own[1]) / 2**0.5)
+    assert json.loads((Path(given.output) / "sweep.json").read_text()) == found
+    assert ("±" in table(found) and "saved" in table(found)) or "not yet earned back" in table(found)
+
+
+def test_what_was_saved_is_measured(swept, caches):
+    given, found = swept
+    commits = read_commits(open_cache(caches / "cache").store)
+    seconds, positions = sum(c.seconds for c in commits), sum(c.stats.num_positions for c in commits)
+    tokens = [
+        json.loads((path / "train_results.json").read_text())["train_tokens"]
+        for path in (Path(given.output) / "students").iterdir()
+    ]
+    spent = found["cost"]
+    assert spent["train_tokens"] == sum(tokens) and spent["num_students"] == 8
+    assert spent["live_teacher_seconds"] == pytest.approx(sum(tokens) * seconds / positions, abs=0.1)
+    assert spent["saved_seconds"] == pytest.approx(spent["live_teacher_seconds"] - seconds, abs=0.2)
+    assert cost([]) == {}
+
+
+def test_again_trains_nothing_and_a_larger_grid_only_what_is_new(swept, caches, tiny_student):
+    given, found = swept
+    students = Path(given.output) / "students"
+    before = {path: path.stat().st_mtime_ns for path in students.rglob("model.safetensors")}
+    assert sweep(given) == found
+    larger = given.model_copy(update={"grid": given.grid | {"alpha": [0, 1, 0.5]}, "seeds": 1})
+    more = sweep(larger)
+    assert len(more["points"]) == 6
+    assert all(path.stat().st_mtime_ns == at for path, at in before.items())
+
+
+def test_the_plot_holds_its_data(swept):
+    given, found = swept
+    assert (Path(given.output) / "sweep.svg").is_file()
+    tree = ET.fromstring(plot(found["points"], ["alpha", "top_k"], "forward_kl"))
+    circles = [e for e in tree.iter("{http://www.w3.org/2000/svg}circle") if len(e)]
+    assert len(circles) == 4
+    said = {circle[0].text.split(" ±")[0] for circle in circles}
+    assert said == {f"{point['mean']['forward_kl']:.4g}" for point in found["points"]}
+    for circle in circles:
+        assert 0 < float(circle.get("cx")) < 720 and 0 < float(circle.get("cy")) < 400
+    lower = min(circles, key=lambda circle: float(circle.get("cy")))
+    assert lower[0].text.startswith(f"{max(point['mean']['forward_kl'] for point in found['points']):.4g}")
+
+
+def test_names_in_a_plot_cannot_break_it():
+    point = {"point": {"loss": "<a&b>"}, "mean": {"kl": 1.0}, "deviation": {"kl": 0.0}, "seeds": 1}
+    ET.fromstring(plot([point], ["loss"], "kl"))
+
+
+def test_one_that_fails_is_said_and_does_not_end_the_others(caches, tiny_student, tmp_path):
+    flags = [*(f"--train={name}={value}" for name, value in TRAIN.items()), f"--train=cache={caches / 'cache'}",
+             f"--train=eval_cache={caches / 'cache'}", "--grid", f"student={tiny_student},/no/such", "--output", str(tmp_path / "s")]  # fmt: skip
+    done = CliRunner().invoke(main, ["sweep", *flags])
+    assert done.exit_code == 1
+    assert "failed: student=-no-such_seed=0: " in done.output
+    assert "forward_kl" in done.output and (tmp_path / "s" / "sweep.svg").is_file()
+
+
+@pytest.mark.parametrize(
+    ("grid", "changes", "says"),
+    [
+        ({"alpa": "1"}, {}, "there is no option 'alpa'"),
+        ({"alpha": "2"}, {}, "alpha is between 0 and 1"),
+        ({"temperature": "1,3"}, {}, "temperature 3 is not declared"),
+        ({"loss": "rkl"}, {}, "expected one of"),
+        ({"seed": "1,2"}, {}, "set once for all"),
+        ({"learning_rate": "1,2"}, {}, "set once for all"),
+        ({"top_k": "9"}, {}, "the cache keeps 8 entries"),
+        ({"alpha": "0.5"}, {"train": {"student": None}}, "student"),
+    ],
+)
+def test_bad_grids_are_refused_before_anything_is_trained(caches, tiny_student, tmp_path, grid, changes, says):
+    with pytest.raises(ConfigError, match=says):
+        list(plan_students(asked(caches, tiny_student, tmp_path / "s", grid, **changes)))
+    assert not (tmp_path / "s" / "students").exists()
+
+
+def test_an_unknown_metric_is_refused_with_those_that_are_known(caches, tiny_student, tmp_path):
+    given = asked(
+        caches,
+        tiny_student,
+        tmp_path / "s",
+        {"alpha": "0.5"},
+        metric="rouge",
+        train={"eval_cache": str(caches / "cache")},
+    )
+    with pytest.raises(ConfigError, match="metric rouge: what is known of the students is .*forward_kl"):
+        sweep(given)
