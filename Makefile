@@ -26,7 +26,7 @@ demo: setup
 	@echo "kdcache is in $(VENV)/bin: source $(VENV)/bin/activate"
 
 test: setup
-	CUDA_VISIBLE_DEVICES= $(PY) -m pytest -n 2 --dist loadfile
+	CUDA_VISIBLE_DEVICES= $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Where there is a CUDA GPU.
 test-gpu: setup
@@ -35,7 +35,7 @@ test-gpu: setup
 test-oldest:
 	python3 -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet -c .ci/constraints-min.txt -e '.[dev]'
-	CUDA_VISIBLE_DEVICES= .venv-oldest/bin/python -m pytest -n 2 --dist loadfile tests/unit tests/property tests/integration
+	CUDA_VISIBLE_DEVICES= .venv-oldest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/unit tests/property tests/integration
 
 lint: setup
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/lint-imports
