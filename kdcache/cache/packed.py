@@ -36,8 +36,6 @@ BLOCK_A_ROW = {"tails", "logz"}
 GAP_SMALL, GAP_ESCAPE = 60, 255
 # Renumbered ids below this hold about half of what is kept: a bit for each, there or not.
 NUM_BITS = 128
-# A rectangle with holes has at most so many slots an entry.
-MAX_HOLES = 4
 # Draws of an entry take half a byte; from here on the rest follows elsewhere.
 COUNT_ESCAPE = 15
 
@@ -106,7 +104,7 @@ def tail_table(num_temperatures: int) -> FloatArray:
 class ColumnOrder:
     """Entries by rank inside the position first, then by position: neighbours in a frame then look alike.
 
-    Where all positions have the same number this is a transposed rectangle; where most have nearly the largest, one with holes.
+    Where all positions have the same number this is a transposed rectangle.
 
     Args:
         num_entries: ``[N]``.
@@ -116,63 +114,39 @@ class ColumnOrder:
         counts = num_entries.astype(np.int64)
         self._k, self._counts = int(counts.max(initial=0)), counts
         self.is_rectangle = bool((counts == self._k).all())
-        if self.is_rectangle:
-            return
-        self._has_holes = self._k * len(counts) <= MAX_HOLES * int(counts.sum())
-        narrow: npt.NDArray[Any] = counts.astype(np.uint16) if self._k < 1 << 16 else counts
-        ranks: npt.NDArray[Any] = np.arange(self._k).astype(narrow.dtype)
-        self._in_columns = ranks[:, None] < narrow
-        if self._has_holes:
-            self._in_rows = ranks < narrow[:, None]
-        else:
-            self._entries = (np.cumsum(counts) - counts + np.arange(self._k)[:, None])[self._in_columns]
+        if not self.is_rectangle:
+            starts = np.cumsum(counts) - counts
+            rank = np.arange(int(counts.sum())) - np.repeat(starts, counts)
+            # numpy sorts 8 and 16 bits by their digits.
+            narrow = np.uint8 if self._k <= 1 << 8 else np.uint16 if self._k <= 1 << 16 else np.int64
+            self._entries = np.argsort(rank.astype(narrow), kind="stable")
 
     def to_columns(self, entries: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """``[E]`` in the order of the targets, into that of the columns."""
         if self.is_rectangle:
             return entries.reshape(-1, max(self._k, 1)).T.ravel()
-        columns: npt.NDArray[Any]
-        if self._has_holes:
-            rows = np.zeros(self._in_rows.shape, dtype=entries.dtype)
-            rows[self._in_rows] = entries
-            columns = np.ascontiguousarray(rows.T)[self._in_columns]
-        else:
-            columns = entries[self._entries]
-        return columns
+        return entries.take(self._entries)
 
     def to_rows(self, columns: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Undo :meth:`to_columns`."""
         if self.is_rectangle:
             return columns.reshape(max(self._k, 1), -1).T.ravel()
-        if self._has_holes:
-            return self._close_holes(self._with_holes(columns))
         out = np.empty_like(columns)
         out[self._entries] = columns
         return out
 
-    def _with_holes(self, columns: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """``[K, N]`` by rank, zero where a position has no such entry."""
-        ranks = np.zeros(self._in_columns.shape, dtype=columns.dtype)
-        ranks[self._in_columns] = columns
-        return ranks
-
-    def _close_holes(self, ranks: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """``[E]`` in the order of the targets."""
-        entries: npt.NDArray[Any] = np.ascontiguousarray(ranks.T)[self._in_rows]
-        return entries
-
     def ids_from_gaps(self, gaps: npt.NDArray[np.uint16] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Undo :func:`id_gaps`, from gaps in the order of the columns to ids in the order of the targets."""
-        wide = np.int64 if gaps.dtype == np.int64 or self._k > 1 << 14 else np.int32
         if self.is_rectangle:
+            wide = np.int64 if gaps.dtype == np.int64 or self._k > 1 << 14 else np.int32
             return np.asarray(_running_sums(gaps.reshape(max(self._k, 1), -1), wide).T.ravel())
-        if self._has_holes:
-            return np.asarray(self._close_holes(_running_sums(self._with_holes(gaps), wide)))
-        running = np.cumsum(self.to_rows(gaps).astype(np.int64) + 1)
+        running = np.cumsum(self.to_rows(gaps), dtype=np.int64)
+        running += np.arange(len(running))
         counts = self._counts[self._counts > 0]
         ends = np.cumsum(counts) - 1
-        before = np.concatenate([[0], running[ends[:-1]]]) if len(ends) else ends
-        return np.asarray(running - np.repeat(before, counts) - 1)
+        before = np.concatenate([[-1], running[ends[:-1]]]) if len(ends) else ends
+        running -= np.repeat(before + 1, counts)
+        return running
 
 
 def _running_sums(rectangle: npt.NDArray[Any], wide: type[np.int32] | type[np.int64]) -> npt.NDArray[Any]:
