@@ -79,28 +79,38 @@ def tokenize_prompt(
         CorpusError: The column holds neither text nor a chat.
     """
     value = row.get(column)
-    if isinstance(value, str) and not generation.chat:
-        ids: list[int] = tokenizer(value)["input_ids"] if value else []
-        return ids
-    if isinstance(value, str):
-        value = [{"role": "user", "content": value}] if value else []
-    if not isinstance(value, list):
+    if not isinstance(value, str | list):
         raise CorpusError(
             f"column {column!r}: text or a chat was expected, found {type(value).__name__}: {str(value)[:60]!r}"
         )
-    while value and value[-1].get("role") == "assistant":
-        value = value[:-1]
-    if not value:
+    chat = asked_chat(value, generation)
+    if chat is None:
+        ids: list[int] = tokenizer(value)["input_ids"] if value else []
+        return ids
+    if not chat:
         return []
     if tokenizer.chat_template is None:
         raise CorpusError(
             "the prompts are chats, but the teacher's tokenizer has no chat template",
             hint="use prompts of plain text and --no-chat, or an instruction-tuned teacher",
         )
-    system = [{"role": "system", "content": generation.system}] if generation.system else []
-    text = _render([*system, *value], tokenizer, add_generation_prompt=True)
+    text = _render(chat, tokenizer, add_generation_prompt=True)
     rendered: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return rendered
+
+
+def asked_chat(value: str | list[dict[str, Any]], generation: GenerationSpec) -> list[dict[str, Any]] | None:
+    """The messages after which a teacher answers, the system's first and no answer last; None for a prompt of plain text."""
+    if isinstance(value, str):
+        if not generation.chat:
+            return None
+        asked = [{"role": "user", "content": value}] if value else []
+    else:
+        asked = list(value)
+    while asked and asked[-1].get("role") == "assistant":
+        asked.pop()
+    system = [{"role": "system", "content": generation.system}] if generation.system else []
+    return [*system, *asked] if asked else []
 
 
 def _expect(row: dict[str, Any], column: str, kind: type) -> Any:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from kdcache.cache.lease import Lease
 from kdcache.cache.reader import CacheReader
 from kdcache.cache.shard import sequence_id
-from kdcache.corpus import CorpusCounts, tokenize_prompt
+from kdcache.corpus import CorpusCounts, asked_chat, tokenize_prompt
 from kdcache.dump.engines.generate import Answer, AnsweringEngine
 from kdcache.dump.worker import Worker, plan_batches
 from kdcache.errors import TeacherOutputError
@@ -138,18 +138,10 @@ def answers_of(cache: CacheReader, rows: Dataset, tokenizer: PreTrainedTokenizer
             assert row is not None, "every answer has a prompt"
             text = tokenizer.decode(said, skip_special_tokens=True)
             value = row[spec.corpus.text_column]
-            yield _as_chat(value, text, spec.generation) if spec.generation.chat or not isinstance(value, str) else {
-                "prompt": value, "completion": text,
-            }  # fmt: skip
+            chat = asked_chat(value, spec.generation)
+            answer = text if chat is None else [{"role": "assistant", "content": text}]
+            yield {"prompt": value if chat is None else chat, "completion": answer}
             index += 1
-
-
-def _as_chat(value: Any, text: str, spec: GenerationSpec) -> dict[str, Any]:
-    asked = [{"role": "user", "content": value}] if isinstance(value, str) else list(value)
-    while asked and asked[-1]["role"] == "assistant":
-        asked.pop()
-    system = [{"role": "system", "content": spec.system}] if spec.system else []
-    return {"prompt": [*system, *asked], "completion": [{"role": "assistant", "content": text}]}
 
 
 def write_answers(cache: CacheReader, rows: Dataset, tokenizer: PreTrainedTokenizerBase, path: str) -> int:

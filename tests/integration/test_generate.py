@@ -16,11 +16,11 @@ from kdcache.cache.store import LocalStore
 from kdcache.cache.verify import verify_cache
 from kdcache.cli import main
 from kdcache.dump.audit import against_teacher
-from kdcache.dump.engines.generate import Answer
+from kdcache.dump.engines.generate import Answer, AnsweringEngine
 from kdcache.dump.generate import keep_answers, repetition
 from kdcache.dump.launch import dump
 from kdcache.dump.options import DumpOptions, GenerateOptions
-from kdcache.errors import CacheMismatchError, ConfigError, CorpusError
+from kdcache.errors import CacheMismatchError, ConfigError, CorpusError, ModelError
 from kdcache.targets import TokenSequence
 from tests.abuse.crashes import assert_same, contents
 from tests.conftest import texts
@@ -97,6 +97,26 @@ def test_the_same_bytes_however_it_was_divided(tmp_path, tiny_teacher, prompts_f
     dump(asked(tiny_teacher, prompts_file, again))
     assert_same(again, contents(cache))
     assert dump(asked(tiny_teacher, prompts_file, again)).already_done
+
+
+def test_a_batch_that_does_not_fit_is_halved(tmp_path, tiny_teacher, prompts_file, monkeypatch):
+    """Every prompt is answered all the same, and the commits say how often; one that does not fit alone is an error."""
+    whole, room = AnsweringEngine._answer, 2
+
+    def in_little_memory(self, prompts, names, longest):
+        if len(prompts) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(self, prompts, names, longest)
+
+    monkeypatch.setattr(AnsweringEngine, "_answer", in_little_memory)
+    dump(asked(tiny_teacher, prompts_file, tmp_path / "c", shard_positions=10_000, keep_duplicates=True, num_answers=4))
+    made = open_cache(tmp_path / "c")
+    assert made.manifest.stats.num_sequences == 4 * (PROMPTS - 2)
+    assert sum(commit.batch_splits for commit in read_commits(made.store)) > 0
+    room = 0
+    with pytest.raises(ModelError, match="a prompt of .* and its answer do not fit") as error:
+        dump(asked(tiny_teacher, prompts_file, tmp_path / "d"))
+    assert "--max-new-tokens" in error.value.hint
 
 
 def test_sampling_is_the_seeds(tmp_path, tiny_teacher, prompts_file, cache):

@@ -19,9 +19,8 @@ import numpy as np
 import torch
 
 from kdcache.dump.draw import position_uniforms
-from kdcache.dump.engines.transformers import TransformersEngine, is_out_of_memory
+from kdcache.dump.engines.transformers import TransformersEngine
 from kdcache.dump.select import Selected, select
-from kdcache.errors import ModelError
 from kdcache.specs import DRAWN, GenerationSpec, TargetSpec
 from kdcache.targets import SparseTargets, TokenSequence
 
@@ -72,21 +71,14 @@ class AnsweringEngine:
             TeacherOutputError: NaN or Inf.
             ModelError: One prompt alone does not fit into memory.
         """
-        try:
-            return self._answer(prompts, names, longest)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if len(prompts) == 1:
-                raise ModelError(
-                    f"a prompt of {len(prompts[0])} tokens and its answer do not fit into memory: {str(error).splitlines()[0]}",
-                    hint="use a smaller --max-new-tokens, --device-map auto over more GPUs, or --dtype bfloat16",
-                ) from error
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        self.engine.num_splits += 1
-        half = len(prompts) // 2
-        return self.answer(prompts[:half], names[:half], longest) + self.answer(prompts[half:], names[half:], longest)
+        return self.engine.halving(
+            lambda rows: self._answer(prompts[rows], names[rows], longest),
+            slice(0, len(prompts)),
+            lambda row: (
+                f"a prompt of {len(prompts[row])} tokens and its answer do not fit into memory",
+                "--max-new-tokens",
+            ),
+        )
 
     @torch.inference_mode()
     def _answer(self, prompts: Sequence[Sequence[int]], names: Sequence[int], longest: int) -> list[Answer]:

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(slots=True)
@@ -78,22 +79,44 @@ class TransformersEngine:
         sequence_ids = range(len(batch)) if sequence_ids is None else sequence_ids
         if self.head is None and len(batch) > 1:
             return [t for sequence, name in zip(batch, sequence_ids, strict=True) for t in self.run([sequence], [name])]
+        return self.halving(
+            lambda rows: self._run(batch[rows], sequence_ids[rows]),
+            slice(0, len(batch)),
+            lambda row: (f"a sequence of {len(batch[row])} tokens does not fit into memory", "--seq-len"),
+        )
+
+    def halving(
+        self, job: Callable[[slice], list[ResultT]], rows: slice, too_large: Callable[[int], tuple[str, str]]
+    ) -> list[ResultT]:
+        """The results of a job over some rows of a batch; half of them at a time where memory runs out.
+
+        Args:
+            job: Gives a result for each of the rows.
+            rows: Which, from a start to a stop.
+            too_large: Says of a row that does not fit alone, and names the option that makes rows shorter.
+
+        Raises:
+            ModelError: One row alone does not fit into memory.
+        """
+        number = rows.stop - rows.start
         try:
-            return self._run(batch, sequence_ids)
+            return job(rows)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            if len(batch) == 1:
+            if number == 1:
+                what, option = too_large(rows.start)
                 raise ModelError(
-                    f"a sequence of {len(batch[0])} tokens does not fit into memory: {str(error).splitlines()[0]}",
-                    hint="use a smaller --seq-len, --device-map auto over more GPUs, or --dtype bfloat16",
+                    f"{what}: {str(error).splitlines()[0]}",
+                    hint=f"use a smaller {option}, --device-map auto over more GPUs, or --dtype bfloat16",
                 ) from error
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.num_splits += 1
-        logger.warning("memory ran out at %d sequences; going on with half as many", len(batch))
-        middle = len(batch) // 2
-        return self.run(batch[:middle], sequence_ids[:middle]) + self.run(batch[middle:], sequence_ids[middle:])
+        logger.warning("memory ran out at %d sequences; going on with half as many", number)
+        middle = rows.start + number // 2
+        first, second = slice(rows.start, middle), slice(middle, rows.stop)
+        return self.halving(job, first, too_large) + self.halving(job, second, too_large)
 
     def _run(self, batch: list[TokenSequence], sequence_ids: Sequence[int]) -> list[SparseTargets]:
         input_ids, position_ids = (t.to(self.model.get_input_embeddings().weight.device) for t in pad_batch(batch))
