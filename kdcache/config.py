@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -63,6 +64,51 @@ def parse_weighted(value: Any) -> Any:
     return out
 
 
+def parse_mix(value: Any) -> Any:
+    """``"teacher:0.7,real:0.3"``, a list of such, or a mapping, as name to share."""
+    if not isinstance(value, str | list | tuple):
+        return value
+    mix: dict[str, float] = {}
+    for part in (
+        text.strip() for piece in ([value] if isinstance(value, str) else value) for text in str(piece).split(",")
+    ):
+        name, colon, share = part.rpartition(":")
+        try:
+            number = float(share)
+        except ValueError:
+            number = 0.0
+        if not (colon and name):
+            raise ValueError(f"shares were expected, as teacher:0.7,real:0.3; found {part!r}")
+        if name in mix:
+            raise ValueError(f"{name} is named twice")
+        mix[name] = number
+    return mix
+
+
+def parse_stages(value: Any) -> Any:
+    """``"alpha=0 max_steps=50"``, or a list of such or of mappings, as mappings."""
+    if isinstance(value, str | dict):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        return value
+    return [_stage(part) if isinstance(part, str) else part for part in value]
+
+
+def _stage(text: str) -> dict[str, Any]:
+    stage: dict[str, Any] = {}
+    for part in shlex.split(text):
+        name, equals, given = part.partition("=")
+        if not equals:
+            raise ValueError(f"OPTION=VALUE was expected, as in 'alpha=0 max_steps=50'; found {part!r}")
+        stage[name.lstrip("-").replace("-", "_")] = yaml.safe_load(given)
+    return stage
+
+
+def one_or_many(value: Any) -> Any:
+    """A path, or a list of them, as a list."""
+    return [value] if isinstance(value, str | os.PathLike) else value
+
+
 def _check_weights(weights: dict[str, float]) -> dict[str, float]:
     if not all(0 < weight < float("inf") for weight in weights.values()):
         raise ValueError("weights are above 0")
@@ -70,6 +116,9 @@ def _check_weights(weights: dict[str, float]) -> dict[str, float]:
 
 
 WeightedPaths = Annotated[dict[str, float], BeforeValidator(parse_weighted), AfterValidator(_check_weights)]
+Shares = Annotated[dict[str, float], BeforeValidator(parse_mix), AfterValidator(_check_weights)]
+Paths = Annotated[list[str], BeforeValidator(one_or_many)]
+Stages = Annotated[list[dict[str, Any]], BeforeValidator(parse_stages)]
 
 
 def parse_temperatures(value: Any) -> Any:

@@ -14,7 +14,7 @@ import bisect
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -23,10 +23,24 @@ from kdcache.specs import CorpusSpec, GenerationSpec
 from kdcache.targets import TokenSequence
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+TOKEN_COLUMNS = ("input_ids", "loss_mask", "document_starts")
+
+
+class Rows(Protocol):
+    """What is read by number: a ``datasets.Dataset``, or the sequences of a cache."""
+
+    @property
+    def column_names(self) -> list[str]:
+        """Names of the columns."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
 
 # --- documents --------------------------------------------------------------------------------------------------------
 
@@ -200,8 +214,12 @@ def make_sequences(
     tokenizer: PreTrainedTokenizerBase,
     counts: CorpusCounts | None = None,
 ) -> list[TokenSequence]:
-    """The sequences of a shard, from its rows alone."""
+    """The sequences of a shard, from its rows alone. Those of a cache stay as they are."""
     counts = counts if counts is not None else CorpusCounts()
+    if spec.columns == "tokens":
+        sequences = [TokenSequence(**row) for row in rows]
+        counts.num_rows += len(sequences)
+        return sequences
     pieces: list[Document] = []
     for row in rows:
         counts.num_rows += 1
@@ -266,15 +284,17 @@ def _join(pieces: Sequence[Document]) -> TokenSequence:
     )
 
 
-def mean_row_tokens(rows: Dataset, spec: CorpusSpec, tokenizer: PreTrainedTokenizerBase, sample: int = 128) -> float:
+def mean_row_tokens(rows: Rows, spec: CorpusSpec, tokenizer: PreTrainedTokenizerBase, sample: int = 128) -> float:
     """Tokens of a row on average, from at most ``sample`` rows spread evenly: the pilot that sizes the shards."""
     step = max(1, len(rows) // sample)
+    if spec.columns == "tokens":
+        return float(np.mean([len(rows[i]["input_ids"]) for i in range(0, len(rows), step)]))
     documents = [tokenize_row(rows[i], spec, tokenizer) for i in range(0, len(rows), step)]
     return float(np.mean([0 if d is None else len(d.input_ids) for d in documents]))
 
 
 def mean_answered_tokens(
-    rows: Dataset, spec: CorpusSpec, generation: GenerationSpec, tokenizer: PreTrainedTokenizerBase, sample: int = 128
+    rows: Rows, spec: CorpusSpec, generation: GenerationSpec, tokenizer: PreTrainedTokenizerBase, sample: int = 128
 ) -> float:
     """Tokens of a row's prompt and answers at most, on average, from rows spread evenly."""
     step = max(1, len(rows) // sample)

@@ -19,7 +19,7 @@ READERS = {
     ".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text",
 }  # fmt: skip
 COMPRESSION = (".gz", ".zst", ".bz2", ".xz")
-Columns = Literal["text", "prompt_completion", "messages", "prompt"]
+Columns = Literal["text", "prompt_completion", "messages", "prompt", "tokens"]
 
 
 def load_rows(dataset: str, split: str, *, config_name: str | None = None) -> Dataset:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from kdcache.targets import Estimator
 
@@ -56,18 +56,31 @@ class TokenizerSpec(Record):
 
 
 class CorpusSpec(Record):
-    """Rows and how they become sequences. ``digest`` is of the source's bytes or revision."""
+    """Rows and how they become sequences. ``digest`` is of the source's bytes or revision.
+
+    Rows of the columns ``tokens`` are sequences of another cache; ``written_by`` is the digest of the model that wrote their text, where
+    one did.
+    """
 
     dataset: str
     digest: Digest
     split: str
     num_rows: Positive
-    columns: Literal["text", "prompt_completion", "messages", "prompt"]
+    columns: Literal["text", "prompt_completion", "messages", "prompt", "tokens"]
     text_column: str
     seq_len: Annotated[int, Field(ge=2, le=1 << 24)]
     packing: bool
     append_eos: bool
     assistant_only: bool
+    written_by: Digest | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_writer(self, dumped: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Text that no model wrote says nothing of it, in no file and no fingerprint."""
+        fields: dict[str, Any] = dumped(self)
+        if self.written_by is None:
+            fields.pop("written_by", None)
+        return fields
 
 
 Scheme = Literal["top_k", "top_p", "sampled", "systematic", "hybrid", "hidden"]

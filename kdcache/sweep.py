@@ -166,7 +166,8 @@ def check_recipe(options: TrainOptions) -> None:
         [(open_cache(path, allow_incomplete=options.allow_incomplete), weight) for path, weight in paths.items()]
         for paths in (options.cache, options.eval_cache)
     )
-    recipe.check(caches, held_out, open_cache(options.student_cache) if options.student_cache else None)
+    own, rollouts = ([open_cache(p) for p in paths] for paths in (options.student_cache, options.rollout_cache))
+    recipe.check(caches, held_out, own, rollouts, mixed=bool(options.mix))
 
 
 def _smaller_caches(options: SweepOptions) -> dict[int, str]:

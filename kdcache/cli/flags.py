@@ -38,7 +38,7 @@ def _flag(name: str, field: FieldInfo) -> Callable[[CommandT], CommandT]:
     text = field.description or ""
     if field.is_required():
         text += "  [required]"
-    elif not (field.default is None or kind is dict):
+    elif not (field.default is None or kind in (dict, list)):
         text += f"  [default: {_shown(field.default)}]"
     key = field.alias or name
     if kind is bool:
@@ -47,7 +47,16 @@ def _flag(name: str, field: FieldInfo) -> Callable[[CommandT], CommandT]:
         return click.option(f"--{label}", _safe(key), type=click.Choice(get_args(kind)), default=None, help=text)
     if field.annotation == get_args(WeightedPaths)[0]:
         return click.option(
-            f"--{label}", _safe(key), multiple=True, metavar="CACHE[:WEIGHT]", callback=_as_list, help=text
+            f"--{label}",
+            _safe(key),
+            multiple=True,
+            metavar=field.title or "CACHE[:WEIGHT]",
+            callback=_as_list,
+            help=text,
+        )
+    if kind is list:
+        return click.option(
+            f"--{label}", _safe(key), multiple=True, metavar=field.title or "CACHE", callback=_as_list, help=text
         )
     if kind is dict:
         return click.option(f"--{label}", _safe(key), multiple=True, metavar="FIELD=VALUE", help=text)
@@ -93,7 +102,7 @@ def _bare(annotation: Any) -> Any:
             annotation = next(part for part in get_args(annotation) if part is not type(None))
         elif hasattr(annotation, "__metadata__"):
             annotation = annotation.__origin__
-        elif origin in (dict, tuple):
+        elif origin in (dict, tuple, list):
             return origin
         else:
             return annotation

@@ -25,6 +25,7 @@ from kdcache.cache.manifest import Manifest, Plan
 from kdcache.cache.shard import digest
 from kdcache.cache.store import Store, open_store
 from kdcache.cache.sums import warn_about_error
+from kdcache.dump.dataset import open_rows
 from kdcache.dump.options import DumpOptions
 from kdcache.dump.plan import finished_before, make_plan, warn_about_versions
 from kdcache.errors import CacheIncompleteError, ConfigError, KDCacheError
@@ -32,11 +33,9 @@ from kdcache.heads import check_packing, head_of
 from kdcache.model_files import find_model
 from kdcache.models import free_memory, keep_freed_memory, load_model, load_tokenizer, parse_dtype
 from kdcache.progress import Progress, launched_rank
-from kdcache.rows import load_rows
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
+    from kdcache.corpus import Rows
     from kdcache.dump.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -75,7 +74,7 @@ def dump(options: DumpOptions) -> DumpResult:
     check_writers(store, max(world_size, options.workers))
     loaded: list[Worker] = []
 
-    def load_worker(draft: Plan, rows: Dataset) -> Worker:
+    def load_worker(draft: Plan, rows: Rows) -> Worker:
         loaded.append(make_worker(store, options, draft, rows, rank, world_size))
         return loaded[0]
 
@@ -110,7 +109,7 @@ def local_device(options: DumpOptions, plan: Plan, rank: int) -> str:
     return f"cuda:{local % max(torch.cuda.device_count(), 1)}"
 
 
-def make_worker(store: Store, options: DumpOptions, plan: Plan, rows: Dataset | None, rank: int, size: int) -> Worker:
+def make_worker(store: Store, options: DumpOptions, plan: Plan, rows: Rows | None, rank: int, size: int) -> Worker:
     """Load the teacher and everything else that a worker needs."""
     import torch
 
@@ -154,9 +153,7 @@ def make_worker(store: Store, options: DumpOptions, plan: Plan, rows: Dataset | 
     return make(
         store=store,
         plan=plan,
-        rows=rows
-        if rows is not None
-        else load_rows(options.dataset, options.split, config_name=options.dataset_config),
+        rows=rows if rows is not None else open_rows(options),
         tokenizer=tokenizer,
         engine=engine,
         head_digest=head_digest,
@@ -175,7 +172,7 @@ def _run_here(
     store: Store,
     options: DumpOptions,
     plan: Plan,
-    rows: Dataset,
+    rows: Rows,
     rank: int,
     size: int,
     num_done: int,

@@ -17,19 +17,17 @@ from kdcache.cache.reader import open_cache
 from kdcache.cache.shard import digest
 from kdcache.cache.store import Store
 from kdcache.config import library_versions
-from kdcache.corpus import mean_answered_tokens, mean_row_tokens
+from kdcache.corpus import Rows, mean_answered_tokens, mean_row_tokens
 from kdcache.dump.average import describe_averaged
+from kdcache.dump.dataset import asked_of_corpus, describe_corpus, open_rows
 from kdcache.dump.options import DEFAULT_SHARD_POSITIONS, MIN_SHARDS, DumpOptions
 from kdcache.dump.pilot import choose_tables, count_tables
 from kdcache.errors import CacheMismatchError, ConfigError
 from kdcache.model_files import find_model, model_digest
 from kdcache.models import describe_model, describe_tokenizer, load_config, load_tokenizer, parse_dtype, pick_device
-from kdcache.rows import detect_columns, load_rows, prompt_column, source_digest
-from kdcache.specs import ComputeSpec, CorpusSpec, TeacherSpec
+from kdcache.specs import ComputeSpec, TeacherSpec
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from kdcache.dump.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -52,12 +50,7 @@ def finished_before(store: Store, options: DumpOptions) -> Manifest | None:
     targets = options.target_spec(spec.teacher.vocab_size)
     asked: dict[str, Any] = {
         "teacher.digest": model_digest(find_model(options.teacher, options.revision)),
-        "corpus.digest": source_digest(options.dataset, options.split, options.dataset_config),
-        "corpus.split": options.split,
-        "corpus.seq_len": options.seq_len,
-        "corpus.packing": options.packing,
-        "corpus.append_eos": options.append_eos,
-        "corpus.assistant_only": options.assistant_only,
+        **{f"corpus.{name}": value for name, value in asked_of_corpus(options).items() if value is not None},
         **{f"targets.{name}": value for name, value in targets.model_dump(mode="json").items()},
         **{f"codec.{name}": value for name, value in options.codec_spec(targets).model_dump(mode="json").items()},
         "teacher.averaged": [a.model_dump() for a in describe_averaged(options.average, spec.tokenizer)],
@@ -81,7 +74,7 @@ def finished_before(store: Store, options: DumpOptions) -> Manifest | None:
     if options.threads is not None:
         asked["compute.threads"] = options.threads
     standing = spec.fields()
-    differing = [(name, standing[name], value) for name, value in asked.items() if standing[name] != value]
+    differing = [(name, standing.get(name), value) for name, value in asked.items() if standing.get(name) != value]
     if differing:
         lines = "".join(f"\n  {name}: the cache has {old!r}, this run asks for {new!r}" for name, old, new in differing)
         raise CacheMismatchError(
@@ -92,8 +85,8 @@ def finished_before(store: Store, options: DumpOptions) -> Manifest | None:
 
 
 def make_plan(
-    store: Store, options: DumpOptions, load_worker: Callable[[Plan, Dataset], Worker] | None = None
-) -> tuple[Plan, Dataset]:
+    store: Store, options: DumpOptions, load_worker: Callable[[Plan, Rows], Worker] | None = None
+) -> tuple[Plan, Rows]:
     """Describe everything that moves the numbers, and publish it or agree with what was published.
 
     Args:
@@ -108,25 +101,13 @@ def make_plan(
     text_config = config.get_text_config()
     tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
     tokenizer_spec = describe_tokenizer(tokenizer)
-    rows = load_rows(options.dataset, options.split, config_name=options.dataset_config)
+    rows = open_rows(options)
     generation = options.generation
-    columns, text_column = (prompt_column if generation else detect_columns)(rows.column_names, options.text_column)
+    corpus = describe_corpus(options, rows, tokenizer_spec)
     num_parameters, attention = describe_model(source, config, options.attention)
-    _check_context(options, text_config)
+    _check_context(corpus.seq_len, text_config)
     device = pick_device(options.device)
     vocab_size = min(text_config.vocab_size, tokenizer_spec.num_tokens)
-    corpus = CorpusSpec(
-        dataset=options.dataset,
-        digest=source_digest(options.dataset, options.split, options.dataset_config),
-        split=options.split,
-        num_rows=len(rows),
-        columns=columns,
-        text_column=text_column,
-        seq_len=options.seq_len,
-        packing=options.packing,
-        append_eos=options.append_eos,
-        assistant_only=options.assistant_only,
-    )
     targets = options.target_spec(vocab_size)
     if targets.scheme == "hybrid" and targets.k == vocab_size:
         raise ConfigError(f"--top-k {options.top_k} keeps the whole vocabulary: nothing is left to draw from")
@@ -167,7 +148,7 @@ def make_plan(
     logger.info(
         "%d rows (%s) in %d shards; teacher %s, %s",
         len(rows),
-        columns,
+        corpus.columns,
         spec.num_shards,
         options.teacher,
         spec.teacher.dtype,
@@ -218,7 +199,7 @@ def _rows_of_others(standing: Plan | None, options: DumpOptions) -> int | None:
     return specs[0].rows_per_shard if specs else None
 
 
-def _rows_per_shard(options: DumpOptions, rows: Dataset, tokens_per_row: float) -> int:
+def _rows_per_shard(options: DumpOptions, rows: Rows, tokens_per_row: float) -> int:
     """As many rows as give a shard's worth of positions; small corpora still get a few shards, to resume between."""
     if tokens_per_row == 0:
         raise ConfigError(
@@ -234,11 +215,11 @@ def _threads(options: DumpOptions, device: str) -> int:
     return max(1, cores // options.workers) if device == "cpu" else 1
 
 
-def _check_context(options: DumpOptions, text_config: Any) -> None:
+def _check_context(seq_len: int, text_config: Any) -> None:
     context = getattr(text_config, "max_position_embeddings", None)
-    if context is not None and options.seq_len > context:
+    if context is not None and seq_len > context:
         raise ConfigError(
-            f"--seq-len {options.seq_len} is longer than the teacher's context of {context} tokens",
+            f"--seq-len {seq_len} is longer than the teacher's context of {context} tokens",
             hint=f"--seq-len {context}",
         )
 

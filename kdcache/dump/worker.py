@@ -25,12 +25,11 @@ from kdcache.cache.manifest import Plan
 from kdcache.cache.shard import ShardBuilder, sequence_id
 from kdcache.cache.store import Store, hostname
 from kdcache.cache.sums import SHARD_FACTOR, ShardSums, warn_about_error
-from kdcache.corpus import CorpusCounts, make_sequences
+from kdcache.corpus import CorpusCounts, Rows, make_sequences
 from kdcache.errors import KDCacheError, TeacherOutputError
 from kdcache.targets import SparseTargets, TokenSequence, check_alignment
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 POLL_SECONDS = 0.5
@@ -64,7 +63,7 @@ class Worker:
 
     store: Store
     plan: Plan
-    rows: Dataset
+    rows: Rows
     tokenizer: PreTrainedTokenizerBase
     engine: Engine
     head_digest: str | None = None

@@ -15,7 +15,7 @@ import torch
 from kdcache.heads import OutputHead, gather_head, head_of, hidden_states, split_is_exact
 from kdcache.train.head import kd_loss
 from kdcache.train.lora import without_adapters
-from kdcache.train.objective import LossSums, Objective, Targets
+from kdcache.train.objective import LossSums, Objective, Rollouts, Targets
 from kdcache.train.stream import TargetDecoder, decode_all
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def run_objective(
 ) -> LossSums:
     """Forward pass and loss of a micro-batch on the model's device; ``model`` may be wrapped (DDP, FSDP, torch.compile)."""
     targets = decode_all(decoders, batch)
-    if targets is None and objective.alpha > 0:  # a micro-batch that only fills up the last step of an epoch
+    if targets is None and objective.uses_teacher:  # a micro-batch that only fills up the last step of an epoch
         objective = Objective(0.0)
     return LossSums.from_flat(*model(kd_batch={"batch": batch, "targets": targets, "objective": objective}))
 
@@ -60,15 +60,20 @@ def extend_forward(
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         mask = batch["target_mask"]
         states, labels = states[mask], batch["input_ids"].roll(-1, dims=1)[mask]
+        written = None
+        if "rollout_logprobs" in batch:
+            written = Rollouts(batch["rollout_logprobs"], batch["advantages"])
         if objective.on_student_text is None:
-            sums = kd_loss(states, targets, labels, objective, head=head, chunk_positions=chunk_positions)
+            sums = kd_loss(
+                states, targets, labels, objective, head=head, chunk_positions=chunk_positions, rollouts=written
+            )
         else:
             own = batch["from_student"][:, None].expand_as(mask)[mask]
             sides = ((~own, objective), (own, objective.on_student_text))
             first, second = (
                 kd_loss(
                     states[rows], None if targets is None else targets[rows], labels[rows], side,
-                    head=head, chunk_positions=chunk_positions,
+                    head=head, chunk_positions=chunk_positions, rollouts=None if written is None else written[rows],
                 )
                 for rows, side in sides
             )  # fmt: skip

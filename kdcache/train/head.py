@@ -21,6 +21,7 @@ from kdcache.train.objective import (
     LossSums,
     MixedTargets,
     Objective,
+    Rollouts,
     Targets,
 )
 
@@ -37,6 +38,7 @@ def kd_loss(
     *,
     head: OutputHead | None = None,
     chunk_positions: int | None = None,
+    rollouts: Rollouts | None = None,
 ) -> LossSums:
     """The distillation loss over N positions, summed: divide ``loss`` by the number of targets of the effective batch.
 
@@ -48,18 +50,19 @@ def kd_loss(
         objective: Which loss.
         head: The student's output head, cut to the cache's vocabulary.
         chunk_positions: Positions whose logits may exist at a time; by default as many as make 25 MB, on a GPU 1 GB.
+        rollouts: What is known of positions that a student wrote: for the staleness, and for an objective with a policy.
 
     Raises:
         ConfigError: Targets at another temperature than the objective's, or of another number of positions, or none.
     """
     _check_targets(targets, labels, objective, len(hidden_or_logits))
     if head is None:
-        return _apply(_LogitsLoss, hidden_or_logits, labels, targets, objective)
+        return _apply(_LogitsLoss, hidden_or_logits, labels, targets, objective, rollouts)
     elements = CPU_CHUNK_ELEMENTS if head.weight.device.type == "cpu" else GPU_CHUNK_ELEMENTS
     chunk = chunk_positions or max(16, elements // head.weight.shape[0] // 8 * 8)
     return _apply(
-        _ChunkedLoss, hidden_or_logits, head.weight, head.bias, head, labels, targets, objective, chunk,
-        torch.is_grad_enabled(),
+        _ChunkedLoss, hidden_or_logits, head.weight, head.bias, head, labels, targets, objective, rollouts,
+        chunk, torch.is_grad_enabled(),
     )  # fmt: skip
 
 
@@ -102,19 +105,20 @@ class _ChunkedLoss(torch.autograd.Function):
         labels: torch.Tensor,
         targets: Targets | None,
         objective: Objective,
+        rollouts: Rollouts | None,
         chunk: int,
         with_grad: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         with torch.autocast(device, enabled=False):
-            return _run_chunks(ctx, hidden, head, labels, targets, objective, chunk, dtype, with_grad)
+            return _run_chunks(ctx, hidden, head, labels, targets, objective, rollouts, chunk, dtype, with_grad)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor, grad_parts: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grads = [None if grad is None else grad.mul_(grad_loss) for grad in ctx.grads]
         ctx.grads = None
-        return (*grads, None, None, None, None, None, None)
+        return (*grads, None, None, None, None, None, None, None)
 
 
 def _run_chunks(
@@ -124,6 +128,7 @@ def _run_chunks(
     labels: torch.Tensor,
     targets: Targets | None,
     objective: Objective,
+    rollouts: Rollouts | None,
     chunk: int,
     dtype: torch.dtype,
     with_grad: bool,
@@ -148,7 +153,8 @@ def _run_chunks(
         )
         kept_logits = logits_CV.clone() if head.softcap is not None and with_grad else None
         part = targets[rows] if targets is not None else None
-        sums, grad_CV = chunk_loss(logits_CV, labels[rows], part, objective, with_grad)
+        written = rollouts[rows] if rollouts is not None else None
+        sums, grad_CV = chunk_loss(logits_CV, labels[rows], part, objective, with_grad, written)
         totals += sums
         if grad_CV is None:
             continue
@@ -202,11 +208,16 @@ def _logits_into(
 class _LogitsLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, targets: Targets | None, objective: Objective
+        ctx: Any,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        targets: Targets | None,
+        objective: Objective,
+        rollouts: Rollouts | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.autocast(logits.device.type, enabled=False):
             buffer = logits.detach().clone() if logits.dtype == torch.float64 else logits.detach().float().clone()
-            sums, grad = chunk_loss(buffer, labels, targets, objective, ctx.needs_input_grad[0])
+            sums, grad = chunk_loss(buffer, labels, targets, objective, ctx.needs_input_grad[0], rollouts)
         ctx.grad = None if grad is None else grad.to(logits.dtype)
         parts = sums[1:].clone()
         ctx.mark_non_differentiable(parts)
@@ -214,4 +225,4 @@ class _LogitsLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor, grad_parts: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return ctx.grad * grad_loss, None, None, None
+        return ctx.grad * grad_loss, None, None, None, None

@@ -9,7 +9,8 @@ distribution. For a divergence with derivatives ``g_k`` and ``g_tail`` with resp
 
 Nothing is divided by the tail mass, so a student that has driven it to 1e-30 has finite gradients. ``g`` itself comes from
 autograd on ``[C, K + 1]``, so one kernel serves every divergence, over buckets and from draws (there ``g_tail`` is 0). The
-cross-entropy joins the same pass. Objective: ``(1 - alpha) * CE + alpha * T^2 * D_T``.
+cross-entropy joins the same pass. Objective: ``(1 - alpha) * CE + alpha * T^2 * D_T``; with weights a position where text is
+a rollout and the label an action.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ import torch
 from kdcache.calibration import calibration_sums
 from kdcache.train.losses import Divergence, forward_kl, tv
 from kdcache.train.objective import (
-    PARTS,
+    NUM_TEACHER_PARTS,
     BucketTargets,
     FullTargets,
     MixedTargets,
     Objective,
+    PolicyGradient,
+    Rollouts,
     Targets,
 )
 
@@ -41,25 +44,35 @@ class _Pass:
         objective: Divergence and temperature.
         labels: ``[C]``.
         first_choice: ``[C]``, the student's.
-        ce_weight: Of the cross-entropy in the gradient.
-        kd_weight: Of the divergence, without the temperature's factor.
+        ce_weight: Of the cross-entropy in the gradient; of each position ``[C]`` where they differ.
+        kd_weight: Of the divergence, without the temperature's factor; likewise.
         with_grad: Form the gradient.
     """
 
     objective: Objective
     labels: torch.Tensor
     first_choice: torch.Tensor
-    ce_weight: float
-    kd_weight: float
+    ce_weight: float | torch.Tensor
+    kd_weight: float | torch.Tensor
     with_grad: bool
 
+    @property
+    def has_ce(self) -> bool:
+        """Whether the label has a gradient of its own."""
+        return isinstance(self.ce_weight, torch.Tensor) or self.ce_weight != 0
 
-# Log-normalisers at T = 1 [C], sums of PARTS after the cross-entropy, gradient [C, V] or None.
-_Passed = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+# Log-normalisers at T = 1 [C], the sum of the weighted divergence, sums of the teacher's PARTS, gradient [C, V] or None.
+_Passed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 def chunk_loss(
-    logits_CV: torch.Tensor, labels: torch.Tensor, targets: Targets | None, objective: Objective, with_grad: bool
+    logits_CV: torch.Tensor,
+    labels: torch.Tensor,
+    targets: Targets | None,
+    objective: Objective,
+    with_grad: bool,
+    rollouts: Rollouts | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Loss of one chunk and its gradient with respect to the logits, whose buffer is consumed.
 
@@ -69,28 +82,81 @@ def chunk_loss(
     label_logits = logits_CV.gather(1, labels[:, None])[:, 0]
     top_logit, first_choice = logits_CV.max(1)
     alpha = 0.0 if targets is None else objective.alpha
-    ce_share, kd_share = objective.weight * (1 - alpha), objective.weight * alpha
+    ce_weight: float | torch.Tensor = objective.weight * (1 - alpha)
+    kd_weight: float | torch.Tensor = objective.weight * alpha
+    label_loss = None
+    if objective.policy is not None:
+        assert rollouts is not None, "a policy is judged by what it wrote"
+        label_logprobs = label_logits - torch.logsumexp(logits_CV, 1)
+        acting = act(label_logprobs, rollouts, objective.policy)
+        kd_weight, ce_weight = objective.weight * acting.kd_weight, objective.weight * acting.label_weight
+        label_loss = objective.weight * acting.label_loss
     mixed = targets.parts if isinstance(targets, MixedTargets) else ((1.0, targets),)
-    parts = top_logit.new_zeros(len(PARTS) - 1)
+    parts, weighted = top_logit.new_zeros(NUM_TEACHER_PARTS), top_logit.new_zeros(())
     logz, grad = None, None
     for number, (weight, part) in enumerate(mixed):
         last = number == len(mixed) - 1
         buffer = logits_CV if last else logits_CV.clone()
         # The cross-entropy joins the last teacher's pass.
-        asked = _Pass(objective, labels, first_choice, ce_share * last, kd_share * weight, with_grad)
+        asked = _Pass(objective, labels, first_choice, ce_weight * last, kd_weight * weight, with_grad)
         if part is None:
-            logz, more, part_grad = _labels_only(buffer, asked)
+            logz, value, more, part_grad = _labels_only(buffer, asked)
         elif isinstance(part, FullTargets):
-            logz, more, part_grad = _full_loss(buffer, part, asked)
+            logz, value, more, part_grad = _full_loss(buffer, part, asked)
         else:
-            logz, more, part_grad = _bucket_loss(buffer, part, asked)
+            logz, value, more, part_grad = _bucket_loss(buffer, part, asked)
         parts += weight * more
+        weighted += value
         grad = part_grad if grad is None or part_grad is None else grad.add_(part_grad)
     assert logz is not None
     cross_entropy = (logz - label_logits).sum()
-    loss = objective.weight * ((1 - alpha) * cross_entropy + alpha * objective.temperature**2 * parts[0])
+    loss = objective.temperature**2 * weighted + (ce_weight * cross_entropy if label_loss is None else label_loss)
     calibration = calibration_sums((top_logit - logz).exp(), first_choice == labels)
-    return torch.cat([loss[None], cross_entropy[None], parts, calibration.view(-1)]), grad
+    stale = _staleness(label_logits - logz, rollouts)
+    return torch.cat([loss[None], cross_entropy[None], parts, stale, calibration.view(-1)]), grad
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Action:
+    """What a policy gradient weighs at each position, see :class:`~kdcache.train.objective.PolicyGradient`.
+
+    Attributes:
+        kd_weight: ``[C]``, of the divergence.
+        label_weight: ``[C]``, of the cross-entropy in the gradient.
+        label_loss: Sum of the label's part of the loss.
+    """
+
+    kd_weight: torch.Tensor
+    label_weight: torch.Tensor
+    label_loss: torch.Tensor
+
+
+def act(label_logprobs: torch.Tensor, rollouts: Rollouts, policy: PolicyGradient) -> Action:
+    """Weights of each position, given what the student now thinks of the label ``[C]``. Positions that are no rollout count as on-policy."""
+    ratio = (label_logprobs - rollouts.logprobs).nan_to_num(0.0).exp()
+    clipped = ratio.clamp(1 - policy.clip, 1 + policy.clip)
+    gain = torch.minimum(ratio * rollouts.advantages, clipped * rollouts.advantages)
+    moves = ratio * rollouts.advantages <= gain
+    label_weight = policy.long_term * torch.where(moves, ratio * rollouts.advantages, 0.0)
+    return Action(policy.single_step * clipped, label_weight, -policy.long_term * gain.sum())
+
+
+def _staleness(label_logprobs: torch.Tensor, rollouts: Rollouts | None) -> torch.Tensor:
+    """``[2]``: the last two of ``PARTS``."""
+    if rollouts is None:
+        return label_logprobs.new_zeros(2)
+    known = ~rollouts.logprobs.isnan()
+    return torch.stack(
+        [torch.where(known, rollouts.logprobs - label_logprobs, 0.0).sum(), known.sum().to(label_logprobs)]
+    )
+
+
+def _column(weight: float | torch.Tensor) -> float | torch.Tensor:
+    return weight[:, None] if isinstance(weight, torch.Tensor) else weight
+
+
+def _rows(weight: float | torch.Tensor, rows: slice) -> float | torch.Tensor:
+    return weight[rows] if isinstance(weight, torch.Tensor) else weight
 
 
 def _labels_only(logits_CV: torch.Tensor, asked: _Pass) -> _Passed:
@@ -99,7 +165,7 @@ def _labels_only(logits_CV: torch.Tensor, asked: _Pass) -> _Passed:
     if asked.with_grad:
         grad = powers_CV.mul_((asked.ce_weight / total)[:, None])
         _add_at(grad, asked.labels, -asked.ce_weight)
-    return logz, logz.new_zeros(len(PARTS) - 1), grad
+    return logz, logz.new_zeros(()), logz.new_zeros(NUM_TEACHER_PARTS), grad
 
 
 def _bucket_loss(logits_CV: torch.Tensor, targets: BucketTargets, asked: _Pass) -> _Passed:
@@ -122,33 +188,35 @@ def _bucket_loss(logits_CV: torch.Tensor, targets: BucketTargets, asked: _Pass) 
     )
     teacher_choice = ids.gather(1, targets.logprobs.argmax(1, keepdim=True))[:, 0]
     parts = _parts(asked.objective, targets, student_CK, student_tail, divergence, asked.first_choice == teacher_choice)
+    weighted = (asked.kd_weight * divergence).sum()
     if not asked.with_grad:
-        return logz, parts, None
+        return logz, weighted, parts, None
     assert g_CK is not None
     assert g_tail is not None
     scale = asked.kd_weight * temperature
     sum_of_g = g_CK.sum(1) + g_tail
-    at_kept = scale * (g_CK - sum_of_g[:, None] * student_CK.exp())
+    at_kept = _column(scale) * (g_CK - sum_of_g[:, None] * student_CK.exp())
     at_tail = scale * (g_tail - sum_of_g * student_tail.exp())
     at_tail_1 = asked.ce_weight * (tail_lse_1 - logz).exp()
-    if asked.ce_weight:
-        at_kept += asked.ce_weight * (kept_CK - logz[:, None]).exp()
+    if asked.has_ce:
+        at_kept += _column(asked.ce_weight) * (kept_CK - logz[:, None]).exp()
     if tempered_CV is None:
         at_tail += at_tail_1
     # The sum is at least 1, or 0 where there is no tail at all and every power is 0.
     grad = powers_T_CV.mul_((at_tail / total_T.clamp(min=1.0))[:, None])
-    if tempered_CV is not None and asked.ce_weight:
+    if tempered_CV is not None and asked.has_ce:
         grad.addcmul_(powers_CV, (at_tail_1 / total.clamp(min=1.0))[:, None])
     # Unused slots repeat the first id: give them its value, so that whichever is written last is right.
     grad.scatter_(1, ids, torch.where(unused, at_kept[:, :1], at_kept))
     _add_at(grad, asked.labels, -asked.ce_weight)
-    return logz, parts, grad
+    return logz, weighted, parts, grad
 
 
 def _full_loss(logits_CV: torch.Tensor, targets: FullTargets, asked: _Pass) -> _Passed:
     """A few rows at a time on a CPU: everything here is as wide as the vocabulary."""
     teacher_CV = targets.head.logits(targets.hidden).to(logits_CV)
-    logz, sums = logits_CV.new_empty(len(logits_CV)), logits_CV.new_zeros(len(PARTS) - 1)
+    logz, sums = logits_CV.new_empty(len(logits_CV)), logits_CV.new_zeros(NUM_TEACHER_PARTS)
+    weighted = logits_CV.new_zeros(())
     step = CACHED_ROWS if logits_CV.device.type == "cpu" else max(1, len(logits_CV))
     for start in range(0, len(logits_CV), step):
         rows = slice(start, start + step)
@@ -159,15 +227,17 @@ def _full_loss(logits_CV: torch.Tensor, targets: FullTargets, asked: _Pass) -> _
         divergence, g, _ = _differentiate(asked.objective.divergence, whole, student_logprobs, no_tail, asked.with_grad)
         agree = asked.first_choice[rows] == teacher.argmax(1)
         sums += _parts(asked.objective, whole, student_logprobs, no_tail, divergence, agree)
+        kd_weight, ce_weight = (_rows(weight, rows) for weight in (asked.kd_weight, asked.ce_weight))
+        weighted += (kd_weight * divergence).sum()
         powers, total, logz[rows] = _exponentials(logits)
         if g is not None:
             g.sub_(student_logprobs.exp_().mul_(g.sum(1, keepdim=True))).mul_(
-                asked.kd_weight * asked.objective.temperature
+                _column(kd_weight * asked.objective.temperature)
             )
-            torch.add(g, powers.mul_((asked.ce_weight / total)[:, None]), out=logits)
-    if asked.with_grad and asked.ce_weight:
+            torch.add(g, powers.mul_((ce_weight / total)[:, None]), out=logits)
+    if asked.with_grad and asked.has_ce:
         _add_at(logits_CV, asked.labels, -asked.ce_weight)
-    return logz, sums, logits_CV if asked.with_grad else None
+    return logz, weighted, sums, logits_CV if asked.with_grad else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -220,7 +290,7 @@ def _parts(
     divergence: torch.Tensor,
     agree: torch.Tensor,
 ) -> torch.Tensor:
-    """Sums of ``PARTS`` after the cross-entropy."""
+    """Sums of the teacher's ``PARTS``."""
     kl = divergence
     if objective.divergence.name != "forward_kl":
         kl = _divergence(FORWARD_KL, targets, student_CK, student_tail)
@@ -253,5 +323,6 @@ def _exponentials(values_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, 
     return values_CV, total, total.log().add_(shift[:, 0])
 
 
-def _add_at(grad_CV: torch.Tensor, labels: torch.Tensor, value: float) -> None:
-    grad_CV.scatter_add_(1, labels[:, None], torch.full_like(grad_CV[:, :1], value))
+def _add_at(grad_CV: torch.Tensor, labels: torch.Tensor, value: float | torch.Tensor) -> None:
+    column = value[:, None] if isinstance(value, torch.Tensor) else torch.full_like(grad_CV[:, :1], value)
+    grad_CV.scatter_add_(1, labels[:, None], column.to(grad_CV))

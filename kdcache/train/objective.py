@@ -14,6 +14,7 @@ from kdcache.heads import OutputHead
 from kdcache.targets import SparseTargets, in_rectangle
 from kdcache.train.losses import LOG_FLOOR, Divergence, forward_kl
 
+# The first is the label's; the last two are of rollouts; those in between are 0 without targets.
 PARTS = (
     "cross_entropy",
     "divergence",
@@ -22,7 +23,10 @@ PARTS = (
     "student_tail_mass",
     "teacher_tail_mass",
     "acceptance_rate",
+    "staleness",
+    "rollout_share",
 )
+NUM_TEACHER_PARTS = len(PARTS) - 3
 NUM_SUMS = 1 + len(PARTS) + 3 * NUM_BINS
 
 
@@ -131,6 +135,40 @@ class MixedTargets:
 Targets = BucketTargets | FullTargets | MixedTargets
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Rollouts:
+    """What is known of positions whose text a student wrote, from the pass in which it wrote it.
+
+    Attributes:
+        logprobs: ``[N]`` float32, of the label, by the student that wrote it; NaN where nobody knows.
+        advantages: ``[N]`` float32, of the label for what comes after it (:func:`kdcache.train.rollouts.advantages`); 0 elsewhere.
+    """
+
+    logprobs: torch.Tensor
+    advantages: torch.Tensor
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> Rollouts:
+        return Rollouts(self.logprobs[rows], self.advantages[rows])
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyGradient:
+    """The label as an action, in place of the cross-entropy (MiniLLM, 2306.08543, eq. 7 to 9).
+
+    With ``ratio = p(label) / p_rollout(label)``, the weight of the divergence at a position is ``ratio`` (a constant, between ``1 - clip``
+    and ``1 + clip``), and the label's part of the loss ``-long_term * min(ratio * A, clipped ratio * A)`` with the advantage A.
+
+    Attributes:
+        single_step: Weight of the divergence at the position itself.
+        long_term: Weight of what comes after it.
+        clip: How far the ratio may be from 1.
+    """
+
+    single_step: float = 1.0
+    long_term: float = 1.0
+    clip: float = 0.2
+
+
 @dataclass(frozen=True, slots=True)
 class Objective:
     """What a student is trained for: ``(1 - alpha) * CE + alpha * temperature^2 * divergence``.
@@ -140,7 +178,8 @@ class Objective:
         temperature: T.
         divergence: D.
         weight: Factor of everything.
-        on_student_text: What counts instead on sequences that the student wrote itself (the contrastive pair), or None.
+        on_student_text: What counts instead on sequences that the student wrote itself (the contrastive pair, MiniLLM), or None.
+        policy: The label as an action, in place of the cross-entropy, or None.
     """
 
     alpha: float = 0.7
@@ -148,6 +187,12 @@ class Objective:
     divergence: Divergence = field(default_factory=forward_kl)
     weight: float = 1.0
     on_student_text: Objective | None = None
+    policy: PolicyGradient | None = None
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether it needs targets anywhere."""
+        return self.alpha > 0 or (self.on_student_text is not None and self.on_student_text.uses_teacher)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -159,7 +204,8 @@ class LossSums:
         parts: ``[len(PARTS)]``, sums of: ``cross_entropy`` of the labels (nats); ``divergence`` at temperature T without the
             factor ``T^2``, and ``forward_kl``, KL(teacher ‖ student) whatever is optimised (nats; teacher entropy subtracted);
             ``top1_agreement`` of student and teacher; the mass at T that each gives to what the targets leave out; the
-            ``acceptance_rate`` ``sum(min(t, p))`` of speculative decoding. All but the first are 0 without targets.
+            ``acceptance_rate`` ``sum(min(t, p))`` of speculative decoding. All these but the first are 0 without targets. Then the
+            ``staleness``, ``log p_rollout(label) - log p(label)`` at positions of rollouts (nats), and the number of these.
         calibration: ``[NUM_BINS, 3]``, ``calibration_sums`` of the student's first choices at T = 1.
     """
 

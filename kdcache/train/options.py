@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from kdcache.config import Options, WeightedPaths
+from kdcache.config import Options, Paths, Shares, Stages, WeightedPaths
 from kdcache.train.schedule import parse_schedule
 
 # The keys of kdcache.train.losses.LOSSES, which imports torch.
@@ -43,7 +43,8 @@ class TrainOptions(Options):
         WeightedPaths,
         Field(
             min_length=1,
-            description="Cache to train from; give it again for several teachers over the same text, each with a weight.",
+            description="Cache to train from; give it again for several teachers over the same text, each with a weight, or for several texts, "
+            "whose shares --mix gives.",
         ),
     ]
     student: Annotated[str, Field(description="Student: hub name, model folder or .gguf file.")]
@@ -53,6 +54,15 @@ class TrainOptions(Options):
         Field(
             default_factory=dict,
             description="Cache of held-out text, evaluated at the end and every --eval-steps; several as for --cache.",
+        ),
+    ]
+    mix: Annotated[
+        Shares,
+        Field(
+            default_factory=dict,
+            title="NAME:SHARE,...",
+            description="Shares of tokens of several texts, as teacher:0.7,real:0.3: by who wrote a cache's text (real, teacher, student), or "
+            "by a cache's path.",
         ),
     ]
     alpha: Annotated[
@@ -68,16 +78,41 @@ class TrainOptions(Options):
     ] = 1.0
     loss: Annotated[
         str,
-        Field(description="Divergence between teacher and student: " + ", ".join([*LOSS_NAMES, "contrastive"]) + "."),
+        Field(
+            description="Divergence between teacher and student: "
+            + ", ".join([*LOSS_NAMES, "contrastive", "minillm"])
+            + "."
+        ),
     ] = "forward_kl"
     loss_args: Annotated[
         dict[str, Scheduled],
         Field(default_factory=dict, description="Argument of the loss, as beta=0.3 (jsd); can be given again."),
     ]
     student_cache: Annotated[
-        str | None,
-        Field(description="Cache of text that the student wrote, for --loss contrastive; --cache has the teacher's."),
-    ] = None
+        Paths,
+        Field(
+            default_factory=list,
+            description="Cache of text that the student wrote, for --loss contrastive (--cache has the teacher's) and minillm (--cache has real "
+            "text). Can be given again.",
+        ),
+    ]
+    rollout_cache: Annotated[
+        Paths,
+        Field(
+            default_factory=list,
+            description="Cache that generate made with the student as the model: with which probability it wrote its text. Needed by minillm; "
+            "otherwise it tells how stale rollouts are. Can be given again.",
+        ),
+    ]
+    then: Annotated[
+        Stages,
+        Field(
+            default_factory=list,
+            title="'OPTION=VALUE ...'",
+            description="Go on with the student that comes out, under other options: a second stage, as 'cache=TASK alpha=0 max_steps=100'. Can be "
+            "given again. Earlier stages are kept in OUTPUT/stage-1, ...",
+        ),
+    ]
     lora: Annotated[
         dict[str, Any],
         Field(

@@ -9,12 +9,21 @@ from dataclasses import dataclass
 from kdcache.cache.reader import CacheReader
 from kdcache.errors import CacheMismatchError, ConfigError
 from kdcache.targets import temperature_index
-from kdcache.train.losses import Divergence, check_estimator, make_divergence, skew_kl, skew_reverse_kl
-from kdcache.train.objective import Objective
+from kdcache.train.losses import (
+    Divergence,
+    check_estimator,
+    make_divergence,
+    reverse_kl,
+    skew_kl,
+    skew_reverse_kl,
+)
+from kdcache.train.objective import Objective, PolicyGradient
 from kdcache.train.schedule import Schedule, parse_schedule
 
 CONTRASTIVE = "contrastive"
 CONTRASTIVE_ARGS = {"skew": 0.1, "balance": 1.0}
+MINILLM = "minillm"
+MINILLM_ARGS = {"single_step": 1.0, "long_term": 1.0, "clip": 0.2}
 
 WeightedReaders = list[tuple[CacheReader, float]]
 
@@ -71,34 +80,56 @@ class Recipe:
         temperature = self.temperature.at(progress)
         if not self.temperature.is_constant and (declared := declared_temperatures(caches)):
             temperature = min(declared, key=lambda one: abs(math.log(one / temperature)))
+        if self.loss == MINILLM:
+            return self._minillm(alpha, temperature, progress)
         divergence, on_student_text, balance = self._divergences(progress)
         if on_student_text is None:
             return Objective(alpha, temperature, divergence)
         student_side = Objective(alpha, temperature, on_student_text, weight=balance)
         return Objective(alpha, temperature, divergence, weight=2 - balance, on_student_text=student_side)
 
+    def _minillm(self, alpha: float, temperature: float, progress: float) -> Objective:
+        """Policy gradient on the student's text, weight alpha; labels elsewhere, the pre-training loss, weight ``1 - alpha``."""
+        own = PolicyGradient(**self._arguments(MINILLM_ARGS, progress))
+        on_student_text = Objective(1.0, temperature, reverse_kl(), weight=alpha, policy=own)
+        return Objective(0.0, temperature, reverse_kl(), weight=1 - alpha, on_student_text=on_student_text)
+
+    @property
+    def measured(self) -> str:
+        """Name of the divergence that is logged."""
+        return "reverse_kl" if self.loss == MINILLM else self.loss
+
     def moving(self, objective: Objective) -> dict[str, float]:
         """What is scheduled, and where it stands: for the log."""
         now = {"alpha": (self.alpha, objective.alpha), "temperature": (self.temperature, objective.temperature)}
         return {name: value for name, (schedule, value) in now.items() if not schedule.is_constant}
 
-    def check(self, caches: WeightedReaders, eval_caches: WeightedReaders, student_cache: CacheReader | None) -> None:
+    def check(
+        self,
+        caches: WeightedReaders,
+        eval_caches: WeightedReaders,
+        student_caches: Sequence[CacheReader] = (),
+        rollouts: Sequence[CacheReader] = (),
+        *,
+        mixed: bool = False,
+    ) -> None:
         """Refuse what the caches cannot give.
+
+        Args:
+            caches: Of several teachers, or of several texts.
+            eval_caches: Of held-out text.
+            student_caches: Of text that the student wrote.
+            rollouts: Of the passes in which it did.
+            mixed: Whether ``caches`` are of several texts.
 
         Raises:
             ConfigError: A temperature that is not declared, or a loss that drawn targets do not allow.
             CacheMismatchError: Caches of different tokenizers, or over different sequences.
         """
-        if (self.loss == CONTRASTIVE) != (student_cache is not None):
-            raise ConfigError(
-                "the contrastive loss needs a cache of text that the student wrote, and nothing else takes one",
-                hint="--loss contrastive --cache TEACHER_TEXT --student-cache STUDENT_TEXT",
-            )
-        if student_cache is not None and len(caches) > 1:
-            raise ConfigError("the contrastive loss takes one teacher, several caches were named")
-        student_side = [] if student_cache is None else [(student_cache, 1.0)]
+        self._check_student_caches(caches, student_caches, rollouts, mixed)
         first = caches[0][0]
-        for reader, _ in [*caches, *eval_caches, *student_side]:
+        texts = [*student_caches, *(reader for reader, _ in caches if mixed)]
+        for reader in [*(reader for reader, _ in [*caches, *eval_caches]), *student_caches, *rollouts]:
             if reader.spec.tokenizer.digest != first.spec.tokenizer.digest:
                 raise CacheMismatchError(
                     f"{reader.store} and {first.store} were made with different tokenizers: "
@@ -108,14 +139,44 @@ class Recipe:
                 raise CacheMismatchError(
                     f"{reader.store} has targets over {reader.vocab_size} tokens, {first.store} over {first.vocab_size}"
                 )
-            if self.uses_teacher:
+            if self.uses_teacher and reader not in rollouts:
                 self._check_cache(reader)
-        if student_cache is not None and _storage(student_cache) != _storage(first):
-            raise CacheMismatchError(
-                f"{student_cache.store} and {first.store} hold different kinds of targets: {_storage(student_cache)} and "
-                f"{_storage(first)}",
-                hint="dump both with the same --targets, --temperatures and --codec",
+        for reader in texts if self.uses_teacher else []:
+            if _storage(reader) != _storage(first):
+                raise CacheMismatchError(
+                    f"{reader.store} and {first.store} hold different kinds of targets: {_storage(reader)} and {_storage(first)}",
+                    hint="dump both with the same --targets, --temperatures and --codec",
+                )
+
+    def _check_student_caches(
+        self,
+        caches: WeightedReaders,
+        student_caches: Sequence[CacheReader],
+        rollouts: Sequence[CacheReader],
+        mixed: bool,
+    ) -> None:
+        needs = self.loss in (CONTRASTIVE, MINILLM)
+        if needs != bool(student_caches):
+            raise ConfigError(
+                f"the losses {CONTRASTIVE} and {MINILLM} need a cache of text that the student wrote, and nothing else takes one",
+                hint=f"--loss {self.loss if needs else CONTRASTIVE} --cache TEXT --student-cache STUDENT_TEXT",
             )
+        if student_caches and len(caches) > 1 and not mixed:
+            raise ConfigError(f"the loss {self.loss} takes one teacher, several caches were named")
+        if self.loss != MINILLM:
+            return
+        if self.temperature.values != (1.0,):
+            raise ConfigError(
+                f"loss {MINILLM} is at T = 1, where text is sampled; found temperature {self.temperature}"
+            )
+        for reader in student_caches:
+            missing = sum(all(r.index_of(h) is None for r in rollouts) for h in reader.content_hashes())
+            if missing:
+                raise CacheMismatchError(
+                    f"{reader.store}: of {missing} of {len(reader)} sequences nobody knows with which probability the student wrote "
+                    "them",
+                    hint="--rollout-cache names what kdcache generate --teacher STUDENT left, and --student-cache a dump of it",
+                )
 
     def _check_cache(self, reader: CacheReader) -> None:
         if reader.spec.targets.scheme == "hidden":
@@ -128,17 +189,30 @@ class Recipe:
 
     def _divergences(self, progress: float) -> tuple[Divergence, Divergence | None, float]:
         """On the teacher's text (or any text), on the student's, and the balance of the two."""
-        arguments = {name: schedule.at(progress) for name, schedule in self.loss_args.items()}
+        if self.loss == MINILLM:
+            self._arguments(MINILLM_ARGS, progress)
+            return reverse_kl(), None, 1.0
         if self.loss != CONTRASTIVE:
-            return make_divergence(self.loss, arguments), None, 1.0
-        if unknown := [name for name in arguments if name not in CONTRASTIVE_ARGS]:
-            raise ConfigError(
-                f"loss {CONTRASTIVE} has no argument {unknown[0]!r}", hint=f"it takes {', '.join(CONTRASTIVE_ARGS)}"
+            return (
+                make_divergence(self.loss, {n: schedule.at(progress) for n, schedule in self.loss_args.items()}),
+                None,
+                1.0,
             )
-        given = CONTRASTIVE_ARGS | arguments
+        given = self._arguments(CONTRASTIVE_ARGS, progress)
         if not 0 <= given["balance"] <= 2:
             raise ConfigError(f"loss {CONTRASTIVE}: balance is between 0 and 2, found {given['balance']:g}")
         return skew_kl(given["skew"]), skew_reverse_kl(given["skew"]), given["balance"]
+
+    def _arguments(self, defaults: Mapping[str, float], progress: float) -> dict[str, float]:
+        """Arguments of a loss of two texts."""
+        given = {name: schedule.at(progress) for name, schedule in self.loss_args.items()}
+        if unknown := [name for name in given if name not in defaults]:
+            raise ConfigError(
+                f"loss {self.loss} has no argument {unknown[0]!r}", hint=f"it takes {', '.join(defaults)}"
+            )
+        if negative := [name for name, value in given.items() if value < 0]:
+            raise ConfigError(f"loss {self.loss}: {negative[0]} is at least 0, found {given[negative[0]]:g}")
+        return dict(defaults) | given
 
 
 def declared_temperatures(caches: WeightedReaders) -> list[float] | None:

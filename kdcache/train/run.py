@@ -14,7 +14,7 @@ import yaml
 
 from kdcache.cache.commit import check_no_cache, read_commits
 from kdcache.cache.reader import CacheReader, open_cache
-from kdcache.config import read_section, write_provenance
+from kdcache.config import check_options, read_section, write_provenance
 from kdcache.errors import CacheMismatchError, ConfigError
 from kdcache.heads import check_packing
 from kdcache.model_files import find_model
@@ -49,20 +49,60 @@ class TrainResult:
 
 
 def train(options: TrainOptions) -> TrainResult:
-    """Run phase 2; running it again goes on from the last checkpoint, or says that all is done.
+    """Run phase 2, all its stages; running it again goes on from the last checkpoint, or says that all is done.
+
+    Raises:
+        CacheMismatchError: Cache and student do not belong together, or the output holds another run.
+        KDCacheError: Anything else that a user can meet.
+    """
+    check_no_cache(options.output)
+    stages = stages_of(options)
+    for number, stage in enumerate(stages, start=1):
+        if len(stages) > 1:
+            logger.info("stage %d of %d, in %s", number, len(stages), stage.output)
+        result = train_stage(stage)
+    return result
+
+
+def stages_of(options: TrainOptions) -> list[TrainOptions]:
+    """The options of each stage: those of the one before, but for what ``then`` says, and its student.
+
+    The last stage has the output; those before it ``stage-1`` and so on inside.
+
+    Raises:
+        ConfigError: A stage has an option that there is not, or one that is not a stage's to decide.
+    """
+    values = options.model_dump(exclude={"then"}, exclude_unset=True)
+    stages: list[TrainOptions] = []
+    for number, changed in enumerate([{}, *options.then]):
+        if taken := [name for name in ("student", "output", "then", "resume") if name in changed]:
+            raise ConfigError(
+                f"--then: {taken[0]} is not for a stage to choose: it goes on with the student of the one before"
+            )
+        values |= changed
+        if number:
+            values["student"] = stages[-1].output
+        last = number == len(options.then)
+        values["output"] = options.output if last else str(Path(options.output) / f"stage-{number + 1}")
+        stages.append(check_options(TrainOptions, "train-student", values, f" (stage {number + 1})" if changed else ""))
+    return stages
+
+
+def train_stage(options: TrainOptions) -> TrainResult:
+    """Run one stage; running it again goes on from the last checkpoint, or says that all is done.
 
     Raises:
         CacheMismatchError: Cache and student do not belong together, or the output holds another run.
         KDCacheError: Anything else that a user can meet.
     """
     output = Path(options.output)
-    check_no_cache(options.output)
     _check_same_run(output, options)
     if options.resume and (output / RESULTS).is_file():
         return TrainResult(json.loads((output / RESULTS).read_text()), already_done=True)
     caches = [(open_cache(path, allow_incomplete=options.allow_incomplete), w) for path, w in options.cache.items()]
     eval_caches = [(open_cache(path), weight) for path, weight in options.eval_cache.items()]
-    student_cache = open_cache(options.student_cache) if options.student_cache else None
+    own = [open_cache(path) for path in options.student_cache]
+    rollouts = [open_cache(path) for path in options.rollout_cache]
     reader = caches[0][0]
 
     import torch
@@ -72,10 +112,13 @@ def train(options: TrainOptions) -> TrainResult:
     from kdcache.train.trainer import KDTrainer, MetricsFile, ProgressLine
 
     recipe = Recipe.of(options.alpha, options.temperature, options.loss, options.loss_args)
-    recipe.check(caches, eval_caches, student_cache)
-    for one in [cache for cache, _ in caches] + ([student_cache] if student_cache else []):
+    recipe.check(caches, eval_caches, own, rollouts, mixed=bool(options.mix))
+    for one in [*(cache for cache, _ in caches), *own, *rollouts]:
         _check_targets(one)
-    check_same_sequences([cache for cache, _ in caches])
+    if options.mix:
+        _check_mixed(options)
+    else:
+        check_same_sequences([cache for cache, _ in caches])
     check_same_sequences([cache for cache, _ in eval_caches])
     keep_freed_memory()
     source = find_model(options.student)
@@ -100,7 +143,9 @@ def train(options: TrainOptions) -> TrainResult:
         temperature=options.temperature,
         loss=options.loss,
         loss_args=options.loss_args,
-        student_cache=student_cache,
+        mix=options.mix,
+        student_cache=own,
+        rollout_cache=rollouts,
         chunk_positions=options.chunk_positions,
         processing_class=tokenizer,
         callbacks=[MetricsFile(output / "metrics.jsonl")],
@@ -130,7 +175,10 @@ def train(options: TrainOptions) -> TrainResult:
         "tokens_per_second": round(trainer.num_tokens_seen * arguments.world_size / seconds, 1),
         **evaluation,
         "cache": describe_cache(reader),
-        "other_caches": [describe_cache(cache) | {"weight": w} for cache, w in caches[1:]],
+        "other_caches": [describe_cache(cache) | ({} if options.mix else {"weight": w}) for cache, w in caches[1:]],
+        **({"mix": options.mix} if options.mix else {}),
+        **({"student_caches": [describe_cache(cache) for cache in own]} if own else {}),
+        **_last_staleness(trainer.state.log_history),
         "objective": {
             "loss": options.loss,
             "loss_args": options.loss_args,
@@ -143,6 +191,12 @@ def train(options: TrainOptions) -> TrainResult:
         (output / "README.md").write_text(model_card(options, results))
         (output / RESULTS).write_text(json.dumps(results, indent=2) + "\n")
     return TrainResult(results)
+
+
+def _last_staleness(logs: list[dict[str, Any]]) -> dict[str, float]:
+    """How far the student had come from those that wrote the rollouts: nats a token, as the log said last."""
+    said = [log["staleness"] for log in logs if "staleness" in log]
+    return {"staleness": said[-1]} if said else {}
 
 
 def training_arguments(options: TrainOptions) -> Any:
@@ -267,6 +321,14 @@ def _check_targets(reader: CacheReader) -> None:
         check_alignment(row.sequence, row.targets, f"{reader.store}, sequence {index}", tolerance)
 
 
+def _check_mixed(options: TrainOptions) -> None:
+    if weighted := [path for path, weight in options.cache.items() if weight != 1]:
+        raise ConfigError(
+            f"--cache {weighted[0]} has a weight, which belongs to several teachers over one text, and --mix gives shares to several texts",
+            hint="leave the weight out, or leave --mix out",
+        )
+
+
 def check_same_sequences(readers: list[CacheReader]) -> None:
     """Several teachers' caches hold the same sequences, in whatever order.
 
@@ -281,7 +343,8 @@ def check_same_sequences(readers: list[CacheReader]) -> None:
                 f"{other.store} and {first.store} hold different sequences: {len(other)} and {len(first)} of them, "
                 f"{len(missing)} of the latter are not in the former"
                 + (f" (the first has content hash {missing[0]:016x})" if missing else ""),
-                hint="caches of several teachers are made from the same dataset with the same --seq-len and packing",
+                hint="caches of several teachers are made from the same dataset with the same --seq-len and packing; for caches of different "
+                "texts say how much of each, as --mix teacher:0.7,real:0.3",
             )
 
 

@@ -23,7 +23,9 @@ from kdcache.cache.compact import CompactTargets
 from kdcache.cache.reader import CacheReader
 from kdcache.heads import OutputHead
 from kdcache.targets import TokenSequence, in_rectangle, temperature_index
+from kdcache.train.mix import Mix
 from kdcache.train.objective import BucketTargets, FullTargets, MixedTargets, Targets, entropy_of
+from kdcache.train.rollouts import Rollout, find_rollout
 
 IGNORED = -100
 
@@ -36,63 +38,72 @@ class Item:
         sequence: Its tokens.
         targets: Of each teacher; none for labels alone, or where the sequence does not count.
         counts: False where it only fills up the last step of an epoch.
-        from_student: The student wrote it (the contrastive pair).
+        from_student: The student wrote it, and another objective counts (the contrastive pair, MiniLLM).
+        rollout: What is known of the pass in which it was written, where rollouts are told of.
     """
 
     sequence: TokenSequence
     targets: tuple[CompactTargets, ...] = ()
     counts: bool = True
     from_student: bool = False
+    rollout: Rollout | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CacheDataset(Dataset[Item]):
-    """Sequences of a cache by index; index ``-1 - i`` is sequence ``i`` with its mask off.
+    """Sequences of one or several texts by index; index ``-1 - i`` is sequence ``i`` with its mask off.
 
     Attributes:
-        reader: The cache.
+        reader: The cache of the first text.
         others: Caches of other teachers over the same sequences, found by their content.
-        student_text: A cache of sequences that the student wrote; they come after those of ``reader``.
+        more: Caches of further texts; their sequences come after those of ``reader``.
+        student_texts: Caches of text for which the student's objective counts; they come last.
+        rollouts: Caches of the passes in which students wrote some of the texts.
         with_targets: Read targets; False reads tokens only (alpha 0).
     """
 
     reader: CacheReader
     others: tuple[CacheReader, ...] = ()
-    student_text: CacheReader | None = None
+    more: tuple[CacheReader, ...] = ()
+    student_texts: tuple[CacheReader, ...] = ()
+    rollouts: tuple[CacheReader, ...] = ()
     with_targets: bool = True
 
-    @staticmethod
-    def of(
-        caches: Sequence[tuple[CacheReader, float]],
-        student_text: CacheReader | None = None,
-        *,
-        with_targets: bool = True,
-    ) -> CacheDataset:
-        """The sequences of several teachers' caches; their weights belong to the loss."""
-        first, *others = (reader for reader, _ in caches)
-        return CacheDataset(first, tuple(others), student_text, with_targets)
+    @property
+    def texts(self) -> tuple[CacheReader, ...]:
+        """The cache of each text, in order."""
+        return (self.reader, *self.more, *self.student_texts)
 
     def __len__(self) -> int:
-        return len(self.reader) + (0 if self.student_text is None else len(self.student_text))
+        return sum(len(reader) for reader in self.texts)
 
     @property
     def fingerprint(self) -> str:
         """Of all that decides which sequence stands where."""
-        own = self.reader.manifest.fingerprint
-        return own if self.student_text is None else f"{own}{self.student_text.manifest.fingerprint}"
+        return "".join(reader.manifest.fingerprint for reader in self.texts)
 
     def __getitem__(self, index: int) -> Item:
         counts = index >= 0
-        index = index if counts else -1 - index
-        reader, others, from_student = self.reader, self.others, False
-        if index >= len(reader):
-            assert self.student_text is not None, "an index below the length"
-            reader, others, from_student, index = self.student_text, (), True, index - len(reader)
+        number, reader, place = self._locate(index if counts else -1 - index)
+        from_student = number > len(self.more)
         if not (self.with_targets and counts):
-            return Item(reader.tokens(index), (), counts, from_student)
-        sequence, targets = reader.compact(index)
+            sequence = reader.tokens(place)
+            return Item(sequence, (), counts, from_student, self._rollout(sequence, None, counts))
+        sequence, targets = reader.compact(place)
+        others = () if number else self.others
         more = tuple(other.compact(other.find(sequence, "of another teacher"))[1] for other in others)
-        return Item(sequence, (targets, *more), True, from_student)
+        return Item(sequence, (targets, *more), True, from_student, self._rollout(sequence, targets, counts))
+
+    def _locate(self, index: int) -> tuple[int, CacheReader, int]:
+        """Number and cache of the text, and the sequence in it."""
+        for number, reader in enumerate(self.texts):
+            if index < len(reader):
+                return number, reader, index
+            index -= len(reader)
+        raise IndexError(f"sequence {index} past the last of {len(self)}")
+
+    def _rollout(self, sequence: TokenSequence, targets: CompactTargets | None, counts: bool) -> Rollout | None:
+        return find_rollout(sequence, targets, self.rollouts) if self.rollouts and counts else None
 
 
 def epoch_order(num_sequences: int, fingerprint: str, seed: int, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -113,6 +124,7 @@ class KDBatchSampler(Sampler[list[int]]):
         rank: This process.
         world_size: All processes.
         shuffle: False reads in order (evaluation).
+        mix: The order, instead of a permutation: shares of several texts.
     """
 
     def __init__(
@@ -126,7 +138,10 @@ class KDBatchSampler(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
         shuffle: bool = True,
+        mix: Mix | None = None,
     ) -> None:
+        num_sequences = num_sequences if mix is None else mix.epoch_length
+        self.mix = mix
         self.num_sequences, self.batch_size, self.accumulation = num_sequences, batch_size, accumulation
         self.fingerprint, self.seed, self.rank, self.world_size = fingerprint, seed, rank, world_size
         self.shuffle, self.epoch = shuffle, 0
@@ -144,11 +159,12 @@ class KDBatchSampler(Sampler[list[int]]):
         return -(-self.num_sequences // self.global_batch) * self.accumulation
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = (
-            epoch_order(self.num_sequences, self.fingerprint, self.seed, self.epoch)
-            if self.shuffle
-            else np.arange(self.num_sequences)
-        )
+        if self.mix is not None:
+            order = self.mix.order(self.epoch)
+        elif self.shuffle:
+            order = epoch_order(self.num_sequences, self.fingerprint, self.seed, self.epoch)
+        else:
+            order = np.arange(self.num_sequences)
         missing = len(self) // self.accumulation * self.global_batch - self.num_sequences
         filled = np.concatenate([order, -1 - np.resize(order, missing)])
         dealt = filled.reshape(-1, self.accumulation, self.world_size, self.batch_size)
@@ -172,7 +188,7 @@ def collate(items: list[Item]) -> dict[str, torch.Tensor]:
     Returns:
         ``input_ids``, ``position_ids`` ``[B, T]`` int64, padded on the right; ``labels`` ``[B, T]``, unshifted as
         transformers has them, -100 where nothing is learned; ``target_mask`` ``[B, T]`` bool, where row t has a target;
-        ``from_student`` ``[B]`` bool; and, for the N positions under that mask in row-major order, the compact targets of
+        ``from_student`` ``[B]`` bool; ``rollout_logprobs`` and ``advantages`` ``[N]`` where rollouts are told of; and, for the N positions under that mask in row-major order, the compact targets of
         teacher m, ``kd<m>_*``.
     """
     length = max(len(item.sequence) for item in items)
@@ -192,6 +208,10 @@ def collate(items: list[Item]) -> dict[str, torch.Tensor]:
     from_student = np.array([item.from_student for item in items])
     arrays = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels, "target_mask": mask}
     arrays["from_student"] = from_student
+    if any(item.rollout is not None for item in items):
+        known = [item.rollout for item in items if item.rollout is not None]
+        arrays["rollout_logprobs"] = np.concatenate([rollout.logprobs for rollout in known])
+        arrays["advantages"] = np.concatenate([rollout.advantages for rollout in known])
     for teacher, compact in enumerate(zip(*(item.targets for item in items if item.targets), strict=True)):
         columns = _collate_targets(compact)
         arrays |= {f"kd{teacher}_{name}": array for name, array in columns.items()}

@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -24,14 +27,17 @@ from kdcache.cache.reader import CacheReader
 from kdcache.calibration import calibration_error
 from kdcache.progress import Progress
 from kdcache.train.forward import Decoders, extend_forward, run_objective
+from kdcache.train.mix import Group, Mix, count_targets, describe_group, group_caches
 from kdcache.train.objective import NUM_SUMS, PARTS, Objective
-from kdcache.train.recipe import Recipe, weighted
+from kdcache.train.recipe import Recipe, WeightedReaders, weighted
 from kdcache.train.schedule import Schedule
-from kdcache.train.stream import CacheDataset, KDBatchSampler, KDLoader, TargetDecoder, collate
+from kdcache.train.stream import CacheDataset, KDBatchSampler, KDLoader, TargetDecoder, collate, epoch_order
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+
+logger = logging.getLogger(__name__)
 
 WeightedCaches = CacheReader | Sequence[tuple[CacheReader, float]]
 
@@ -50,8 +56,14 @@ class KDTrainer(Trainer):
         temperature: T, one that the caches declare. A schedule moves through those that they declare, the nearest at a time.
         loss: Name of the divergence, see ``LOSSES``; or ``contrastive``, see ``student_cache``.
         loss_args: Its arguments, numbers or schedules.
-        student_cache: For the loss ``contrastive`` (DistiLLM-2, 2503.07067): a cache of text that the student wrote. There the
-            loss is ``balance * skew_reverse_kl``, and on the teacher's text, in ``cache``, ``(2 - balance) * skew_kl``.
+        mix: Shares of tokens by kind of text (``real``, ``teacher``, ``student``) or path: then the caches are of several texts, not of
+            several teachers, and their weights are not looked at.
+        student_cache: For the loss ``contrastive`` (DistiLLM-2, 2503.07067): a cache of text that the student wrote, or several.
+            There the loss is ``balance * skew_reverse_kl``, and on the teacher's text, in ``cache``, ``(2 - balance) * skew_kl``. For
+            ``minillm`` (2306.08543) likewise: there ``alpha`` times the policy gradient with its single-step term, and on the real
+            text, in ``cache``, ``1 - alpha`` times the cross-entropy.
+        rollout_cache: What ``kdcache generate`` made with the student as the model, over the same sequences, or several: the
+            probability with which it wrote them. ``minillm`` needs it; otherwise it tells the ``staleness``.
         chunk_positions: Positions whose logits may exist at a time.
         processing_class: The tokenizer, saved with checkpoints.
         **kwargs: Passed to ``transformers.Trainer``.
@@ -72,7 +84,9 @@ class KDTrainer(Trainer):
         temperature: float | str | Schedule = 1.0,
         loss: str = "forward_kl",
         loss_args: Mapping[str, float | str] | None = None,
-        student_cache: CacheReader | None = None,
+        mix: Mapping[str, float] | None = None,
+        student_cache: CacheReader | Sequence[CacheReader] = (),
+        rollout_cache: CacheReader | Sequence[CacheReader] = (),
         chunk_positions: int | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
@@ -80,7 +94,8 @@ class KDTrainer(Trainer):
         self.recipe = Recipe.of(alpha, temperature, loss, loss_args)
         self.caches = weighted(cache)
         self.eval_caches = [] if eval_cache is None else weighted(eval_cache)
-        self.recipe.check(self.caches, self.eval_caches, student_cache)
+        own, rollouts = _readers(student_cache), _readers(rollout_cache)
+        self.recipe.check(self.caches, self.eval_caches, own, rollouts, mixed=bool(mix))
         args.remove_unused_columns = False  # the columns are tensors that the model's own forward does not know
         args._n_gpu = min(
             args.n_gpu, 1
@@ -89,11 +104,12 @@ class KDTrainer(Trainer):
             model=model,
             args=args,
             data_collator=collate,
-            train_dataset=CacheDataset.of(self.caches, student_cache, with_targets=self.recipe.uses_teacher),
-            eval_dataset=CacheDataset.of(self.eval_caches) if self.eval_caches else None,
+            train_dataset=self._texts(mix, own, rollouts),
+            eval_dataset=CacheDataset(*_first_and_rest(self.eval_caches)) if self.eval_caches else None,
             processing_class=processing_class,
             **kwargs,
         )
+        self.mix = make_mix(mix, self.train_dataset.texts, self._order_seed) if mix else None
         self.model_accepts_loss_kwargs = True  # transformers < 5: "the loss is divided by the whole batch already"
         self.loss_is_scaled_for_ga = True
         self._decoders: dict[tuple[bool, float], Decoders] = {}
@@ -101,6 +117,18 @@ class KDTrainer(Trainer):
         self._sums = torch.zeros(NUM_SUMS, dtype=torch.float64)
         self._num_targets = 0
         self.num_tokens_seen = 0
+
+    def _texts(
+        self, mix: Mapping[str, float] | None, own: tuple[CacheReader, ...], rollouts: tuple[CacheReader, ...]
+    ) -> CacheDataset:
+        """What is trained on: several teachers of one text, or several texts."""
+        first, rest = _first_and_rest(self.caches)
+        others, more = ((), rest) if mix else (rest, ())
+        return CacheDataset(first, others, more, own, rollouts, self.recipe.uses_teacher)
+
+    @property
+    def _order_seed(self) -> int:
+        return int(self.args.data_seed if self.args.data_seed is not None else self.args.seed)
 
     @property
     def objective(self) -> Objective:
@@ -113,6 +141,8 @@ class KDTrainer(Trainer):
         if key not in self._decoders:
             device = torch.device("cpu") if self.args.device.type == "cpu" else self.args.device
             caches = self.caches if training else self.eval_caches
+            if training and self.mix is not None:
+                caches = [(caches[0][0], 1.0)]  # all texts have targets of one kind
             self._decoders[key] = [(w, TargetDecoder.for_cache(reader, temperature, device)) for reader, w in caches]
         return self._decoders[key]
 
@@ -134,10 +164,11 @@ class KDTrainer(Trainer):
             args.per_device_train_batch_size if training else args.per_device_eval_batch_size,
             accumulation=args.gradient_accumulation_steps if training else 1,
             fingerprint=dataset.fingerprint,
-            seed=args.data_seed if args.data_seed is not None else args.seed,
+            seed=self._order_seed,
             rank=args.process_index,
             world_size=args.world_size,
             shuffle=training,
+            mix=self.mix if training else None,
         )
         return KDLoader(
             dataset,
@@ -198,12 +229,13 @@ class KDTrainer(Trainer):
             totals = self.accelerator.reduce(totals.float().to(self.args.device), reduction="sum").double().cpu()
         parts, calibration = totals[1 : 1 + len(PARTS)], totals[1 + len(PARTS) : -1].view(-1, 3)
         means = dict(zip(PARTS, (parts / totals[-1].clamp(min=1)).tolist(), strict=True))
-        divergence = means.pop("divergence")
+        divergence, staleness, share = (means.pop(name) for name in ("divergence", "staleness", "rollout_share"))
+        stale = {"staleness": staleness / share, "rollout_share": share} if share else {}
         if any(reader.spec.targets.frequencies for reader, _ in [*self.caches, *self.eval_caches]):
             means.pop("acceptance_rate")  # not linear in the teacher
         if not with_teacher:
-            return {"cross_entropy": means["cross_entropy"]}, calibration
-        return {self.recipe.loss: divergence} | means, calibration
+            return {"cross_entropy": means["cross_entropy"]} | stale, calibration
+        return {self.recipe.measured: divergence} | means | stale, calibration
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -224,7 +256,7 @@ class KDTrainer(Trainer):
                 num_targets += int(inputs["target_mask"].sum())
         model.train(was_training)
         means, calibration = self._means(sums, num_targets, with_teacher=True)
-        distilled = alpha * now.temperature**2 * means[self.recipe.loss] if alpha else 0.0
+        distilled = alpha * now.temperature**2 * means[self.recipe.measured] if alpha else 0.0
         metrics = {
             "loss": (1 - alpha) * means["cross_entropy"] + distilled,
             "perplexity": math.exp(min(means["cross_entropy"], 700.0)),
@@ -236,6 +268,32 @@ class KDTrainer(Trainer):
         control = self.callback_handler.on_evaluate(self.args, self.state, self.__dict__["control"], named)
         self.control = control
         return named
+
+
+def make_mix(shares: Mapping[str, float], texts: Sequence[CacheReader], seed: int) -> Mix:
+    """The order of several texts, see :mod:`kdcache.train.mix`."""
+    starts = np.cumsum([0, *(len(reader) for reader in texts)])
+    groups = []
+    for name, members in group_caches(shares, texts).items():
+        chosen = [texts[number] for number in members]
+        indices = np.concatenate([np.arange(starts[number], starts[number + 1]) for number in members])
+        counts = np.concatenate([count_targets(reader) for reader in chosen])
+        fingerprint = "".join(reader.manifest.fingerprint for reader in chosen)
+        permutation = partial(epoch_order, len(indices), fingerprint, seed)
+        groups.append(Group(name, shares[name] / sum(shares.values()), indices, counts, permutation))
+    mix = Mix(tuple(groups))
+    for group in mix.groups:
+        logger.info("mix: %s", describe_group(group, mix))
+    return mix
+
+
+def _readers(caches: CacheReader | Sequence[CacheReader]) -> tuple[CacheReader, ...]:
+    return (caches,) if isinstance(caches, CacheReader) else tuple(caches)
+
+
+def _first_and_rest(caches: WeightedReaders) -> tuple[CacheReader, tuple[CacheReader, ...]]:
+    first, *rest = (reader for reader, _ in caches)
+    return first, tuple(rest)
 
 
 class ProgressLine(TrainerCallback):

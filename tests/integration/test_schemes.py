@@ -339,7 +339,7 @@ def test_contrastive_pair(tmp_path, caches, tiny_teacher, tiny_student, corpus_f
     )
     dump(options(tiny_teacher, str(tmp_path / "mine.jsonl"), tmp_path / "mine", codec="exact"))
     both = {"alpha": 1.0, "max_steps": 1, "per_device_train_batch_size": 200}
-    run(caches / "top_k", tiny_student, tmp_path / "pair", loss="contrastive", student_cache=str(tmp_path / "mine"),
+    run(caches / "top_k", tiny_student, tmp_path / "pair", loss="contrastive", student_cache=[str(tmp_path / "mine")],
         loss_args={"balance": 1.5}, **both)  # fmt: skip
     run(caches / "top_k", tiny_student, tmp_path / "skl", loss="skew_kl", **both)
     run(tmp_path / "mine", tiny_student, tmp_path / "srkl", loss="skew_reverse_kl", **both)

@@ -345,6 +345,8 @@ def test_reported_parts_equal_dense_ones():
         "student_tail_mass": torch.zeros(()).double(),
         "teacher_tail_mass": torch.zeros(()).double(),
         "acceptance_rate": torch.minimum(t, p).sum(),
+        "staleness": torch.zeros(()).double(),
+        "rollout_share": torch.zeros(()).double(),
     }
     assert tuple(expected) == PARTS
     for name, value in expected.items():
