@@ -1,0 +1,229 @@
+"""On-policy rounds: the student writes, the teacher scores the very tokens, the student trains; and what the same parts serve besides."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from kdcache.cache.reader import open_cache
+from kdcache.cli import main
+from kdcache.train.mix import kind_of_text
+
+PROMPTS = ["the cat", "a dog runs", "once upon", "the sea is", "in the house", "seven birds", "a long way", "he said"]
+
+
+def kdcache(*arguments, code=0):
+    done = CliRunner().invoke(main, [str(part) for part in arguments])
+    assert done.exit_code == code, done.output
+    return done.output
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_teacher, tiny_student, corpus_file):
+    """Real text, the student's rollouts and the teacher's answers, each a cache of the teacher's ``top_k`` targets."""
+    folder = tmp_path_factory.mktemp("rounds")
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
+    common = ["--top-k", 16, "--temperatures", 1, "--dtype", "float32", "--seq-len", 64]
+    answers = ["--dataset", folder / "prompts.jsonl", "--max-new-tokens", 12, "--num-answers", 3]
+    kdcache("dump-teacher", "--teacher", tiny_teacher, "--dataset", corpus_file, "--output", folder / "real", *common)
+    kdcache("generate", "--teacher", tiny_teacher, *answers, "--output", folder / "answers", *common)
+    kdcache(
+        "generate", "--teacher", tiny_student, *answers, "--output", folder / "rollouts", *common, "--codec", "exact"
+    )
+    kdcache(
+        "dump-teacher",
+        "--teacher",
+        tiny_teacher,
+        "--dataset",
+        folder / "rollouts",
+        "--output",
+        folder / "scored",
+        *common,
+    )
+    return folder
+
+
+def train(folder, student, output, *more, code=0):
+    return kdcache(
+        "train-student", "--student", student, "--output", output, "--per-device-train-batch-size", 4, "--logging-steps", 1, *more, code=code
+    )  # fmt: skip
+
+
+def logs(output):
+    return [r for r in map(json.loads, (output / "metrics.jsonl").read_text().splitlines()) if "loss" in r]
+
+
+def test_a_cache_is_read_token_for_token(folder, tiny_teacher, tmp_path):
+    rollouts, scored = open_cache(folder / "rollouts"), open_cache(folder / "scored")
+    assert scored.content_hashes() == rollouts.content_hashes()
+    assert scored.spec.corpus.written_by == rollouts.spec.teacher.digest != scored.spec.teacher.digest
+    assert [kind_of_text(open_cache(folder / name)) for name in ("real", "answers", "rollouts", "scored")] == [
+        "real", "teacher", "teacher", "student",
+    ]  # fmt: skip
+    kdcache("dump-teacher", "--teacher", tiny_teacher, "--dataset", folder / "real", "--output", tmp_path / "again",
+            "--top-k", 16, "--temperatures", 1, "--dtype", "float32", "--id-tables", "none")  # fmt: skip
+    real, again = open_cache(folder / "real"), open_cache(tmp_path / "again")
+    assert again.spec.corpus.packing, "packed documents stay apart"
+    assert again.spec.corpus.written_by is None
+    for a, b in zip(real, again, strict=True):
+        assert (a.sequence.document_starts == b.sequence.document_starts).all()
+        assert a.targets.label_logprobs == pytest.approx(b.targets.label_logprobs, abs=0.1)
+    assert "all done" in kdcache(
+        "dump-teacher", "--teacher", tiny_teacher, "--dataset", folder / "real", "--output", tmp_path / "again",
+        "--top-k", 16, "--temperatures", 1, "--dtype", "float32", "--id-tables", "none",
+    )  # fmt: skip
+
+
+def test_a_round_of_minillm_starts_on_policy(folder, tiny_student, tmp_path):
+    """Before the first step the student is the one that wrote the rollouts; after some it no longer is."""
+    out = tmp_path / "student"
+    train(folder, tiny_student, out, "--cache", folder / "real", "--student-cache", folder / "scored", "--rollout-cache", folder / "rollouts",
+          "--loss", "minillm", "--alpha", 0.5, "--mix", "student:0.5,real:0.5", "--max-steps", 6, "--learning-rate", 1e-2)  # fmt: skip
+    said = logs(out)
+    assert said[0]["staleness"] == pytest.approx(0, abs=1e-4)
+    assert abs(said[-1]["staleness"]) > 1e-3
+    assert all(0 < record["rollout_share"] < 1 for record in said)
+    results = json.loads((out / "train_results.json").read_text())
+    assert results["staleness"] == said[-1]["staleness"]
+    assert results["mix"] == {"student": 0.5, "real": 0.5}
+
+
+def test_staleness_is_told_of_any_loss(folder, tiny_student, tmp_path):
+    out = tmp_path / "student"
+    train(
+        folder,
+        tiny_student,
+        out,
+        "--cache",
+        folder / "scored",
+        "--rollout-cache",
+        folder / "rollouts",
+        "--max-steps",
+        3,
+        "--alpha",
+        1,
+    )
+    assert logs(out)[0]["staleness"] == pytest.approx(0, abs=1e-4)
+    assert logs(out)[0]["rollout_share"] == 1
+    labels = tmp_path / "labels"
+    train(
+        folder,
+        tiny_student,
+        labels,
+        "--cache",
+        folder / "scored",
+        "--rollout-cache",
+        folder / "rollouts",
+        "--max-steps",
+        3,
+        "--alpha",
+        0,
+    )
+    assert logs(labels)[0]["staleness"] == pytest.approx(0, abs=1e-4)
+
+
+def test_mixed_tokens_have_their_shares(folder, tiny_student, tmp_path):
+    """Counted from the batches that training saw."""
+    from kdcache.train.stream import KDBatchSampler
+    from kdcache.train.trainer import make_mix
+
+    texts = [open_cache(folder / "answers"), open_cache(folder / "real")]
+    mix = make_mix({"teacher": 0.7, "real": 0.3}, texts, 0)
+    sampler = KDBatchSampler(0, 2, fingerprint="0", mix=mix)
+    indices = [i for batch in sampler for i in batch if i >= 0]
+    counts = [int(texts[0].tokens(i).target_mask.sum()) if i < len(texts[0]) else 0 for i in indices]
+    others = [0 if i < len(texts[0]) else int(texts[1].tokens(i - len(texts[0])).target_mask.sum()) for i in indices]
+    longest = max(max(counts), max(others))
+    assert abs(sum(counts) - 0.7 * (sum(counts) + sum(others))) <= longest
+    train(
+        folder,
+        tiny_student,
+        tmp_path / "mixed",
+        "--cache",
+        folder / "answers",
+        "--cache",
+        folder / "real",
+        "--mix",
+        "teacher:0.7,real:0.3",
+    )
+    assert len(logs(tmp_path / "mixed")) == -(-mix.epoch_length // 4)
+
+
+def test_a_cache_can_be_named_by_its_path(folder, tiny_student, tmp_path):
+    train(folder, tiny_student, tmp_path / "s", "--cache", folder / "answers", "--cache", folder / "scored", "--mix",
+          f"{folder}/answers:1,student:1", "--max-steps", 2)  # fmt: skip
+    assert json.loads((tmp_path / "s" / "train_results.json").read_text())["mix"] == {
+        f"{folder}/answers": 1,
+        "student": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--cache", "{}/answers", "--cache", "{}/real", "--mix", "teacher:1"], "gives no share to"),
+        (["--cache", "{}/answers", "--mix", "teacher:1,real:1"], "no cache of that name or kind"),
+        (["--cache", "{}/answers:0.5", "--cache", "{}/real:0.5", "--mix", "teacher:1,real:1"], "belongs to several teachers"),
+        (["--cache", "{}/answers", "--cache", "{}/real"], "say how much of each, as --mix"),
+        (["--cache", "{}/real", "--mix", "real"], "as teacher:0.7,real:0.3"),
+        (["--cache", "{}/real", "--loss", "minillm"], "--student-cache STUDENT_TEXT"),
+        (["--cache", "{}/real", "--loss", "minillm", "--student-cache", "{}/scored"], "--rollout-cache names"),
+        (["--cache", "{}/real", "--loss", "minillm", "--student-cache", "{}/scored", "--rollout-cache", "{}/rollouts", "--loss-args", "clip=-1"],
+         "clip is at least 0"),
+        (["--cache", "{}/real", "--then", "output=there"], "output is not for a stage to choose"),
+        (["--cache", "{}/real", "--then", "alhpa=0"], "did you mean 'alpha'"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_clear_error(folder, tiny_student, tmp_path, arguments, says):
+    output = train(folder, tiny_student, tmp_path / "s", *(str(a).format(folder) for a in arguments), code=1)
+    assert says in " ".join(output.split())
+    assert "Traceback" not in output
+
+
+def test_two_stages_are_two_runs(folder, tiny_student, tmp_path):
+    """One command line gives what two give: the second goes on with the student of the first."""
+    both, first, second = (tmp_path / name for name in ("both", "first", "second"))
+    train(folder, tiny_student, both, "--cache", folder / "real", "--max-steps", 3,
+          "--then", f"cache={folder}/answers alpha=0 max_steps=2 learning_rate=1e-3")  # fmt: skip
+    train(folder, tiny_student, first, "--cache", folder / "real", "--max-steps", 3)
+    train(folder, first, second, "--cache", folder / "answers", "--alpha", 0, "--max-steps", 2, "--learning-rate", 1e-3)
+    weights = "model.safetensors"
+    assert (both / "stage-1" / weights).read_bytes() == (first / weights).read_bytes()
+    assert (both / weights).read_bytes() == (second / weights).read_bytes()
+    assert "all done" in train(folder, tiny_student, both, "--cache", folder / "real", "--max-steps", 3,
+          "--then", f"cache={folder}/answers alpha=0 max_steps=2 learning_rate=1e-3")  # fmt: skip
+    said = yaml.safe_load((both / "train-student.yaml").read_text())["train-student"]
+    assert said["student"] == str(both / "stage-1")
+
+
+def test_the_config_file_holds_stages(folder, tiny_student, tmp_path):
+    config = {
+        "train-student": {"cache": str(folder / "real"), "max_steps": 2, "then": [{"alpha": 0.0, "max_steps": 1}]}
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    train(folder, tiny_student, tmp_path / "s", "--config", tmp_path / "run.yaml")
+    assert json.loads((tmp_path / "s" / "train_results.json").read_text())["steps"] == 1
+    assert json.loads((tmp_path / "s" / "stage-1" / "train_results.json").read_text())["steps"] == 2
+
+
+def test_another_vocabulary_cannot_read_a_cache(folder, tmp_path, smollm2):
+    output = kdcache(
+        "dump-teacher", "--teacher", smollm2, "--dataset", folder / "real", "--output", tmp_path / "c", code=1
+    )
+    assert "another vocabulary" in output
+    output = kdcache(
+        "dump-teacher",
+        "--teacher",
+        smollm2,
+        "--dataset",
+        folder / "real",
+        "--split",
+        "test",
+        "--output",
+        tmp_path / "c",
+        code=1,
+    )
+    assert "has no splits" in " ".join(output.split())
+    assert np.all([not (tmp_path / "c" / "plan.json").exists()])
