@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: help setup demo test check lint typecheck bench prove prove-crash prove-corruption prove-online-offline prove-estimators prove-families \
-	prove-hostile prove-faults prove-writers prove-outage prove-students prove-defaults prove-gradients prove-controls prove-cost prove-english test-oldest test-gpu clean
+	prove-hostile prove-faults prove-writers prove-outage prove-students prove-init prove-defaults prove-gradients prove-controls prove-cost prove-english test-oldest test-gpu clean
 
 help:
 	@echo "make demo | test | check | lint | typecheck | bench | test-oldest | test-gpu | prove-NAME | clean"
@@ -53,9 +53,9 @@ bench: setup
 	$(PY) benchmarks/bench_reader.py
 
 prove: prove-crash prove-corruption prove-hostile prove-faults prove-writers prove-outage prove-gradients prove-online-offline prove-controls prove-estimators prove-families prove-cost \
-	prove-students prove-defaults
+	prove-students prove-init prove-defaults
 
-PROOFS = crash corruption hostile faults writers outage gradients online-offline controls estimators families students
+PROOFS = crash corruption hostile faults writers outage gradients online-offline controls estimators families students init
 $(PROOFS:%=prove-%): prove-%: setup
 	$(PY) benchmarks/prove_$(subst -,_,$*).py
 

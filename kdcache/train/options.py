@@ -160,18 +160,33 @@ class TrainOptions(Options):
 
 
 class InitOptions(Options):
-    """How a student begins: layers of a teacher, or random weights of a given shape; the teacher's tokenizer either way."""
+    """How a student begins: a teacher cut in depth or width, or random weights of a given shape; the teacher's tokenizer."""
 
     from_: Annotated[str, Field(alias="from", description="Teacher that gives layers or config, and the tokenizer.")]
     output: Annotated[str, Field(description="Folder of the new student.")]
     layers: Annotated[
         Annotated[int, Field(ge=1)] | None, Field(description="Layers to keep, chosen by angular distance.")
     ] = None
+    hidden_size: Annotated[
+        Annotated[int, Field(ge=1)] | None, Field(description="Hidden channels to keep, chosen by activation.")
+    ] = None
+    intermediate_size: Annotated[
+        Annotated[int, Field(ge=1)] | None, Field(description="MLP neurons of a layer to keep, chosen by activation.")
+    ] = None
+    num_attention_heads: Annotated[
+        Annotated[int, Field(ge=1)] | None, Field(description="Query heads of a layer to keep, chosen by activation.")
+    ] = None
+    num_key_value_heads: Annotated[
+        Annotated[int, Field(ge=1)] | None,
+        Field(description="Key/value heads of a layer to keep; as many as whole groups need unless given."),
+    ] = None
     shape: Annotated[
         dict[str, Any] | None,
         Field(description="Config fields of a student with random weights, as field=value; can be given again."),
     ] = None
-    calibration: Annotated[str, Field(description="Text on which layers are compared.")] = "builtin:python-reference"
+    calibration: Annotated[
+        str, Field(description="Text on which layers, channels, neurons and heads are compared.")
+    ] = "builtin:python-reference"
     calibration_tokens: Annotated[int, Field(ge=16, description="Tokens of it.")] = 4096
     seed: Annotated[int, Field(description="Of order, dropout and initial weights.")] = 0
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Field(description="Of the saved weights.")] = (

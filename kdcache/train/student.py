@@ -1,4 +1,4 @@
-"""A student model to begin with: layers cut out of a teacher, or random weights in a given shape."""
+"""A student model to begin with: layers or width cut out of a teacher, or random weights in a given shape."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from kdcache.model_files import find_model
 from kdcache.models import load_config, load_model, load_tokenizer, parse_dtype, quiet_progress
 from kdcache.rows import load_rows
 from kdcache.train.options import InitOptions
+from kdcache.train.width import WIDTHS, cut_width, smaller, widths_of
 
 if TYPE_CHECKING:
     import torch
@@ -28,15 +29,17 @@ def init_student(options: InitOptions) -> dict[str, Any]:
     """Write a student folder.
 
     Returns:
-        What it is: number of parameters, layers kept or shape.
+        What it is: number of parameters, layers and widths kept or shape.
 
     Raises:
-        ConfigError: Neither or both of ``layers`` and ``shape``, or a shape that the family does not know.
+        ConfigError: Neither or both of a cut (``layers``, a width) and ``shape``; sizes that the teacher or the family cannot give.
     """
-    if (options.layers is None) == (options.shape is None):
+    asked = {name: size for name in WIDTHS if (size := getattr(options, name)) is not None}
+    if bool(options.layers or asked) == (options.shape is not None):
         raise ConfigError(
-            "one of --layers and --shape is needed",
-            hint="--layers 8 keeps 8 of the teacher's layers; --shape hidden_size=256 begins with random weights",
+            "one of --layers and --shape is needed, or a width such as --hidden-size in the place of --layers or beside it",
+            hint="--layers 8 keeps 8 of the teacher's layers, --hidden-size 384 as many of its channels; --shape hidden_size=256 "
+            "begins with random weights",
         )
     source = find_model(options.from_)
     if Path(options.output).resolve() == Path(source.folder_or_name).resolve():
@@ -47,10 +50,17 @@ def init_student(options: InitOptions) -> dict[str, Any]:
     if options.shape is not None:
         model, about = _random_student(options), {"init": "random", "shape": options.shape}
     else:
-        dtype = parse_dtype(options.dtype, load_config(source, trust_remote_code=options.trust_remote_code))
+        config = load_config(source, trust_remote_code=options.trust_remote_code)
+        if asked:
+            smaller(widths_of(config), asked)  # refused before anything is loaded
+        dtype = parse_dtype(options.dtype, config)
         model = load_model(source, dtype=dtype, trust_remote_code=options.trust_remote_code)
-        kept = _cut_layers(model, tokenizer, options)
-        about = {"init": "layers", "layers": kept}
+        about = {"init": "layers" if options.layers else "width"}
+        if options.layers:
+            about["layers"] = _cut_layers(model, tokenizer, options)
+        if asked:
+            model = _cut_width(model, tokenizer, options, asked)
+            about["widths"] = {name: getattr(model.config, name) for name in WIDTHS}
     with quiet_progress():
         model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
@@ -68,7 +78,7 @@ def init_student(options: InitOptions) -> dict[str, Any]:
 
 def _random_student(options: InitOptions) -> PreTrainedModel:
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoModelForCausalLM, set_seed
+    from transformers import set_seed
 
     assert options.shape is not None
     source = find_model(options.from_)
@@ -93,20 +103,37 @@ def _random_student(options: InitOptions) -> PreTrainedModel:
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[: config.num_hidden_layers]
     set_seed(options.seed)
-    try:
-        if hasattr(config, "validate"):
-            config.validate()
-        model = AutoModelForCausalLM.from_config(config)
-    except (StrictDataclassError, ValueError, RuntimeError, ZeroDivisionError, TypeError) as error:
-        shape = ", ".join(f"{name}={value}" for name, value in options.shape.items())
-        raise ConfigError(
-            f"--shape {shape}: there is no such {config.model_type} model: {error.__cause__ or error}",
-            hint="sizes must fit each other: hidden_size is a multiple of num_attention_heads ...",
-        ) from error
+    model = _build(config, "--shape " + ", ".join(f"{name}={value}" for name, value in options.shape.items()))
     return model.to(parse_dtype(options.dtype, config))
 
 
+def _build(config: Any, asked: str) -> PreTrainedModel:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        if hasattr(config, "validate"):
+            config.validate()
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except (StrictDataclassError, ValueError, RuntimeError, ZeroDivisionError, TypeError) as error:
+        raise ConfigError(
+            f"{asked}: there is no such {config.model_type} model: {error.__cause__ or error}",
+            hint="sizes must fit each other: hidden_size is a multiple of num_attention_heads ...",
+        ) from error
+    return model
+
+
 # --- cut out of the teacher -------------------------------------------------------------------------------------------
+
+
+def _cut_width(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: InitOptions, asked: dict[str, int]
+) -> PreTrainedModel:
+    config, state = cut_width(model, _calibration_ids(tokenizer, options), smaller(widths_of(model.config), asked))
+    narrow = _build(config, " ".join(f"--{name.replace('_', '-')} {size}" for name, size in asked.items()))
+    narrow.to(model.dtype).load_state_dict(state)
+    narrow.generation_config = model.generation_config
+    return narrow.eval()
 
 
 def _cut_layers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: InitOptions) -> list[int]:
