@@ -55,7 +55,9 @@ class Reading:
 
     def logits(self, rows: slice) -> torch.Tensor:
         """``[C, V]`` of some of the positions."""
-        return average_logits(self._to_logits(self.given[rows]), self._averaged, [other[rows] for other in self._others])
+        return average_logits(
+            self._to_logits(self.given[rows]), self._averaged, [other[rows] for other in self._others]
+        )
 
 
 @dataclass(slots=True)

@@ -1,0 +1,65 @@
+"""From how many student runs on a cache is cheaper than distilling live."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Dump once and train n students from the cache, against the teacher beside every one of n students.
+
+    With D for the dump, t for the teacher's forward pass over the tokens of one student run (all epochs), s for the student's own work in
+    that run, n runs take ``D + n s`` from a cache and ``n (s + t)`` live: cached is cheaper once ``n > D / t``. s stands on both
+    sides and cancels. That favours live distillation: its step also makes the loss over the whole vocabulary, and the two models
+    share one device's memory; neither is counted.
+
+    Attributes:
+        dump: D, in seconds of one device.
+        teacher_a_run: t.
+        student_a_run: s, or None where nobody measured it.
+    """
+
+    dump: float
+    teacher_a_run: float
+    student_a_run: float | None = None
+
+    def cached(self, num_runs: int) -> float:
+        """Dump and n runs from the cache."""
+        return self.dump + num_runs * (self.student_a_run or 0.0)
+
+    def live(self, num_runs: int) -> float:
+        """n runs with the teacher beside each."""
+        return num_runs * ((self.student_a_run or 0.0) + self.teacher_a_run)
+
+    @property
+    def break_even(self) -> int:
+        """The smallest number of runs for which the cache is cheaper."""
+        return math.floor(self.dump / self.teacher_a_run) + 1
+
+    def words(self) -> str:
+        """The formula, with its numbers."""
+        return (
+            f"A dump takes {hours(self.dump)} once; distilling live, the teacher reads every token again in every run, {hours(self.teacher_a_run)} a "
+            f"run. n runs are cheaper from the cache once n is above {self.dump:,.4g} s / {self.teacher_a_run:,.4g} s = "
+            f"{self.dump / self.teacher_a_run:.2f}: from run {self.break_even} on. What the student itself takes is the same either way and cancels."
+        )
+
+
+def hours(seconds: float) -> str:
+    """``12 s``, ``4.2 min``, ``3.1 h``, ``1,240 h``."""
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 360_000 else f"{seconds / 3600:,.0f} h"
+
+
+def size(num_bytes: float) -> str:
+    """``812 B``, ``4.2 MB``, ``1.30 TB``."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.3g} PB"
