@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class Costs:
         return self.dump + num_runs * (self.student_a_run or 0.0)
 
     def live(self, num_runs: int) -> float:
-        """n runs with the teacher beside each."""
+        """N runs with the teacher beside each."""
         return num_runs * ((self.student_a_run or 0.0) + self.teacher_a_run)
 
     @property
@@ -63,3 +65,25 @@ def size(num_bytes: float) -> str:
             return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.3g} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:,.3g} PB"
+
+
+def check_disk(output: str, total_bytes: dict[str, int]) -> list[str]:
+    """What there is to say where the disk of a folder is too small for the first of some schemes; nothing of an object store.
+
+    Args:
+        output: Folder of the cache, which need not be there.
+        total_bytes: Of each scheme, the chosen one first.
+    """
+    if "://" in output:
+        return []
+    folder = Path(output).expanduser().absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    free, needed = shutil.disk_usage(folder).free, next(iter(total_bytes.values()))
+    if needed <= free:
+        return []
+    fitting = [name for name, number in total_bytes.items() if number <= free]
+    return [
+        f"the cache takes {size(needed)}, and {folder} has {size(free)} left"
+        + (f"; {', '.join(fitting)} would fit" if fitting else "; none of these schemes fits")
+    ]

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdcache.budget.costs import Costs
+from kdcache.budget.costs import Costs, check_disk
 from kdcache.budget.footprint import BYTES, Shape, read_shape
 from kdcache.budget.options import PlanOptions, command_line, scheme_name
 from kdcache.dump.options import DEFAULT_SHARD_POSITIONS
@@ -19,7 +19,9 @@ from kdcache.errors import ConfigError
 GIB = 1 << 30
 # Whole files over all positions: English text, V = 49,152, quality standard, id tables by the token before (corpora above two million tokens).
 MEASURED = {"top_k:64": 80.0, "top_k:128": 148.0, "sampled:50": 26.4, "systematic:25": 18.6, "systematic:50": 27.7}
-MEASURED_ON = "SmolLM2-135M on English text, 49,152 tokens; ids of a vocabulary of 128,000 take up to 0.2 bytes more an entry"
+MEASURED_ON = (
+    "SmolLM2-135M on English text, 49,152 tokens; ids of a vocabulary of 128,000 take up to 0.2 bytes more an entry"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,7 @@ class ModelBudget:
         num_gpus: That share it.
         lines: What each of them holds.
         fewest_gpus: On which it would fit; None where activations alone are too much for one.
+        kv_bytes: Of one GPU, that keys and values of a batch would take besides: kdcache generate keeps them, a dump does not.
     """
 
     name: str
@@ -50,6 +53,7 @@ class ModelBudget:
     num_gpus: int
     lines: list[MemoryLine]
     fewest_gpus: int | None
+    kv_bytes: int = 0
 
     @property
     def num_bytes(self) -> int:
@@ -128,9 +132,7 @@ def plan_dry(options: PlanOptions) -> DryBudget:
     else:
         flops = shape.forward_flops(options.seq_len)
         rate = options.gpus_per_teacher * options.peak_tflops * 1e12 * options.mfu / flops
-        rate_source = (
-            f"{flops / 1e9:,.1f} GFLOP a token at {options.mfu:.0%} of {options.gpus_per_teacher} x {options.peak_tflops:g} TFLOP/s, not measured"
-        )
+        rate_source = f"{flops / 1e9:,.1f} GFLOP a token at {options.mfu:.0%} of {options.gpus_per_teacher} x {options.peak_tflops:g} TFLOP/s, not measured"
     num_gpus = options.workers * options.gpus_per_teacher
     gpu_seconds = options.positions / rate * options.gpus_per_teacher
     teacher = _teacher(options, shape, dtype)
@@ -138,7 +140,9 @@ def plan_dry(options: PlanOptions) -> DryBudget:
     student_seconds = None
     if student is not None:  # forward and backward: three times the forward pass
         flops = 3 * student.shape.forward_flops(options.seq_len)
-        student_seconds = options.positions * options.num_train_epochs * flops / (options.peak_tflops * 1e12 * options.mfu)
+        student_seconds = (
+            options.positions * options.num_train_epochs * flops / (options.peak_tflops * 1e12 * options.mfu)
+        )
     return DryBudget(
         teacher=teacher,
         student=student,
@@ -154,7 +158,8 @@ def plan_dry(options: PlanOptions) -> DryBudget:
         costs=Costs(gpu_seconds, gpu_seconds * options.num_train_epochs, student_seconds),
         epochs=options.num_train_epochs,
         price_per_hour=options.price_per_hour,
-        warnings=_warnings(options, teacher, student),
+        warnings=_warnings(options, teacher, student)
+        + check_disk(options.output, {one: round(sizes[one] * options.positions) for one in (name, *sizes)}),
         command=command_line(dump_options),
     )
 
@@ -167,7 +172,9 @@ def _bytes_table(options: PlanOptions) -> tuple[dict[str, float], str]:
         sizes = {str(one["estimate"]["name"]): float(one["estimate"]["bytes_per_token"]) for one in told["schemes"]}
         return sizes, f"a pilot of {told['teacher']} ({options.bytes_from})"
     except OSError as error:
-        raise ConfigError(f"--bytes-from {options.bytes_from}: {error.strerror}", hint="kdcache plan --json > FILE") from error
+        raise ConfigError(
+            f"--bytes-from {options.bytes_from}: {error.strerror}", hint="kdcache plan --json > FILE"
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"--bytes-from {options.bytes_from}: not what kdcache plan --json says", hint="kdcache plan --json > FILE"
@@ -179,12 +186,17 @@ def _teacher(options: PlanOptions, shape: Shape, dtype: str) -> ModelBudget:
     activations = shape.reading_bytes(options.batch_tokens, dtype)
     lines = [
         MemoryLine(f"weights, {dtype}, split over {gpus}", shape.weight_bytes(dtype) // gpus, True),
-        MemoryLine(f"activations of {options.batch_tokens:,} tokens, logits of {min(4096, options.batch_tokens):,}", activations, False),
+        MemoryLine(
+            f"activations of {options.batch_tokens:,} tokens, logits of {min(4096, options.batch_tokens):,}",
+            activations,
+            False,
+        ),
     ]
     room = options.gpu_memory * GIB - activations
     return ModelBudget(
         str(options.teacher_config), shape, dtype, gpus, lines,
         -(-shape.weight_bytes(dtype) // int(room)) if room > 0 else None,
+        kv_bytes=shape.kv_bytes(dtype) * options.batch_tokens // gpus,
     )  # fmt: skip
 
 
@@ -211,5 +223,7 @@ def _warnings(options: PlanOptions, teacher: ModelBudget, student: ModelBudget |
             )
     if student is not None and teacher.shape.num_parameters > 30 * student.shape.num_parameters:
         ratio = teacher.shape.num_parameters / student.shape.num_parameters
-        out.append(f"the teacher is {ratio:.0f} times the student; past about 30 a teacher in between often serves better")
+        out.append(
+            f"the teacher is {ratio:.0f} times the student; past about 30 a teacher in between often serves better"
+        )
     return out

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 import resource
-import shutil
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdcache.budget.costs import Costs, size
+from kdcache.budget.costs import Costs, check_disk
 from kdcache.budget.options import COMPARED, PlanOptions, command_line, scheme_name
 from kdcache.cache.manifest import Plan
 from kdcache.cache.store import open_store
@@ -204,7 +202,9 @@ def _run(
     ids, sequences = choose_pilot(draft, wanted)
     logger.info("pilot: the teacher reads %d sequences, %s tokens", len(ids), f"{sum(map(len, sequences)):,}")
     # The engine is asked for its readings alone, so that its own scheme does not matter; that of hidden states would write a table.
-    plain = draft.spec.model_copy(update={"targets": draft.spec.targets.model_copy(update={"scheme": "top_k", "k": 1, "num_draws": 0})})
+    plain = draft.spec.model_copy(
+        update={"targets": draft.spec.targets.model_copy(update={"scheme": "top_k", "k": 1, "num_draws": 0})}
+    )
     with tempfile.TemporaryDirectory() as nowhere:
         plan = Plan(spec=plain, fingerprint=plain.fingerprint)
         worker = make_worker(open_store(nowhere), options, plan, draft.rows, 0, 1)
@@ -283,22 +283,5 @@ def warn(
         )
     if spec.teacher.dtype == "float16":
         out.append("float16 overflows in some families, which stops a dump at the first NaN; bfloat16 does not")
-    out += _disk(options.output, schemes)
+    out += check_disk(options.output, {one.estimate.name: one.total_bytes for one in schemes})
     return out
-
-
-def _disk(output: str, schemes: list[SchemeCost]) -> list[str]:
-    if "://" in output:
-        return []
-    folder = Path(output).expanduser().absolute()
-    while not folder.is_dir():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    needed = schemes[0].total_bytes
-    if needed <= free:
-        return []
-    fitting = [one.estimate.name for one in schemes if one.total_bytes <= free]
-    return [
-        f"the cache takes {size(needed)}, and {folder} has {size(free)} left"
-        + (f"; {', '.join(fitting)} would fit" if fitting else "; none of these schemes fits")
-    ]

@@ -81,12 +81,15 @@ class PlanOptions(DumpOptions):
     ] = None
     tokens_per_second: Annotated[
         Annotated[float, Field(gt=0)] | None,
-        Field(description="Of --teacher-config: what one teacher reads.  [default: from FLOPs, --peak-tflops and --mfu]"),
+        Field(
+            description="Of --teacher-config: what one teacher reads.  [default: from FLOPs, --peak-tflops and --mfu]"
+        ),
     ] = None
     peak_tflops: Annotated[float, Field(gt=0, description="Of one GPU, dense, in the teacher's dtype.")] = 989.0
     mfu: Annotated[float, Field(gt=0, le=1, description="Share of these that the teacher's forward pass uses.")] = 0.4
     gpus_per_teacher: Annotated[
-        int, Field(ge=1, description="Of --teacher-config: GPUs that share one teacher (tensor parallel or --device-map).")
+        int,
+        Field(ge=1, description="Of --teacher-config: GPUs that share one teacher (tensor parallel or --device-map)."),
     ] = 1
     gpus_per_student: Annotated[int, Field(ge=1, description="GPUs that share one student (FSDP).")] = 1
     gpu_memory: Annotated[float, Field(gt=0, description="Of one GPU, in GiB.")] = 80.0

@@ -94,4 +94,4 @@ def _step(
     else:
         logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits[valid][:, :vocab_size]
         sums = kd_loss(logits, targets, labels, Objective())
-    (sums.loss / len(labels)).backward()
+    (sums.loss / len(labels)).backward()  # type: ignore[no-untyped-call]

@@ -362,4 +362,6 @@ def kl_of_truncation(said: SparseTargets, stored: SparseTargets, vocab_size: int
     others = np.log(np.maximum(vocab_size - said.num_entries.astype(np.float64), 1))
     some = tail > -np.inf
     spread_out = np.exp(tail[some]) * (kept_tail[some] - others[some])
-    return np.asarray(-said.entropy.astype(np.float64) - kept - np.bincount(np.flatnonzero(some), spread_out, len(said)))
+    return np.asarray(
+        -said.entropy.astype(np.float64) - kept - np.bincount(np.flatnonzero(some), spread_out, len(said))
+    )
