@@ -44,7 +44,7 @@ class Costs:
         """The formula, with its numbers."""
         return (
             f"A dump takes {hours(self.dump)} once; distilling live, the teacher reads every token again in every run, {hours(self.teacher_a_run)} a "
-            f"run. n runs are cheaper from the cache once n is above {self.dump:,.4g} s / {self.teacher_a_run:,.4g} s = "
+            f"run. n runs are cheaper from the cache once n is above {hours(self.dump)} / {hours(self.teacher_a_run)} = "
             f"{self.dump / self.teacher_a_run:.2f}: from run {self.break_even} on. What the student itself takes is the same either way and cancels."
         )
 

@@ -112,6 +112,8 @@ def plan_dry(options: PlanOptions) -> DryBudget:
     assert options.teacher_config is not None and options.positions is not None, "checked by the options"
     shape = read_shape(options.teacher_config)
     dump_options = options.dump_options()
+    if options.gpus_per_teacher > 1:
+        dump_options = dump_options.model_copy(update={"device_map": "auto", "workers": 1})
     dtype = shape.dtype if options.dtype == "auto" else options.dtype
     dtype = dtype if dtype in BYTES else "float32"
     if shape.context is not None and options.seq_len > shape.context:
@@ -131,8 +133,9 @@ def plan_dry(options: PlanOptions) -> DryBudget:
         rate, rate_source = options.tokens_per_second, "as given"
     else:
         flops = shape.forward_flops(options.seq_len)
-        rate = options.gpus_per_teacher * options.peak_tflops * 1e12 * options.mfu / flops
-        rate_source = f"{flops / 1e9:,.1f} GFLOP a token at {options.mfu:.0%} of {options.gpus_per_teacher} x {options.peak_tflops:g} TFLOP/s, not measured"
+        busy = options.gpus_per_teacher if options.teacher_split == "tensor" else 1
+        rate = busy * options.peak_tflops * 1e12 * options.mfu / flops
+        rate_source = f"{flops / 1e9:,.1f} GFLOP a token at {options.mfu:.0%} of {busy} x {options.peak_tflops:g} TFLOP/s, not measured"
     num_gpus = options.workers * options.gpus_per_teacher
     gpu_seconds = options.positions / rate * options.gpus_per_teacher
     teacher = _teacher(options, shape, dtype)
@@ -215,6 +218,15 @@ def _student(options: PlanOptions, shape: Shape) -> ModelBudget:
 
 def _warnings(options: PlanOptions, teacher: ModelBudget, student: ModelBudget | None) -> list[str]:
     out = []
+    if options.gpus_per_teacher > 1 and options.workers > 1:
+        out.append(
+            f"{options.workers} teachers of {options.gpus_per_teacher} GPUs: start the command {options.workers} times, each with "
+            "CUDA_VISIBLE_DEVICES of its own; they share the shards"
+        )
+    if options.gpus_per_teacher > 1 and options.teacher_split == "tensor":
+        out.append(
+            "dump-teacher spreads a teacher by layers, which take turns; this is the rate of an engine that splits tensors"
+        )
     for what, model, flag in (("teacher", teacher, "--gpus-per-teacher"), ("student", student, "--gpus-per-student")):
         if model is not None and model.num_bytes > options.gpu_memory * GIB:
             enough = f"{flag} {model.fewest_gpus}" if model.fewest_gpus else "a smaller batch, or --seq-len"

@@ -114,7 +114,7 @@ def render_costs(costs: Costs, options: PlanOptions, wall_seconds: float, device
     price = options.price_per_hour
     money = "" if price is None else f", {costs.dump / 3600 * price:,.2f} at {price:g} an hour"
     out: list[RenderableType] = [
-        f"dump: {hours(wall_seconds)} of wall time, {costs.dump / 3600:,.3g} {device}-hours{money}"
+        f"dump: {hours(wall_seconds)} of wall time, {costs.dump / 3600:,.{2 if costs.dump < 360_000 else 0}f} {device}-hours{money}"
     ]
     what = "teacher and students" if costs.student_a_run is not None else "teacher alone: no student was measured"
     numbers = sorted({*RUNS, costs.break_even, options.num_students})

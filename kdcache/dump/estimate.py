@@ -93,7 +93,7 @@ class Trial:
         id_tables: The kind that a dump would count.
         said: Sequences read, and what was kept of them.
         squares: Expected squared errors of draws, an array a chunk.
-        select_seconds: Spent on taking entries.
+        select_seconds: Spent on taking entries, and the tokens of it, a pair a batch.
     """
 
     name: str
@@ -101,7 +101,7 @@ class Trial:
     id_tables: str
     said: list[tuple[TokenSequence, SparseTargets]] = field(default_factory=list)
     squares: list[np.ndarray] = field(default_factory=list)
-    select_seconds: float = 0.0
+    select_seconds: list[tuple[int, float]] = field(default_factory=list)
 
     @property
     def has_enough(self) -> bool:
@@ -163,7 +163,6 @@ def run_pilot(
             )
             done = sum(tokens for tokens, _ in timed)
             progress.update(done, f"{done:,}/{total:,} tokens")
-    steady = timed[1:] if len(timed) > 2 else timed  # the first batch also warms everything up
     schemes, stored = [], list[tuple[TokenSequence, SparseTargets]]()
     for trial in trials:
         estimate, some = _estimate(trial, size, engine)
@@ -173,7 +172,7 @@ def run_pilot(
     return Pilot(
         stored=stored,
         num_positions=total,
-        teacher_seconds=sum(seconds for _, seconds in steady) / sum(tokens for tokens, _ in steady),
+        teacher_seconds=_a_token(timed),
         schemes=schemes,
         num_splits=engine.num_splits,
     )
@@ -191,7 +190,7 @@ def _read(
     kept: list[list[Selected]] = [[] for _ in trials]
     uniforms = [engine.uniforms(trial.spec.targets, batch, names, read.given.device) for trial in trials]
     squares = []
-    spent = [0.0] * len(trials)
+    spent, num_tokens = [0.0] * len(trials), sum(len(sequence) for sequence in batch)
     for rows in read.chunks(engine.chunk_positions):
         started = clock()
         logits = read.logits(rows)
@@ -206,10 +205,16 @@ def _read(
         hidden = read.given if trial.spec.targets.scheme == "hidden" else None
         started = clock()
         said = engine.split(trial.spec.targets, kept[number], hidden, read.sizes)
-        trial.select_seconds += spent[number] + clock() - started
+        trial.select_seconds.append((num_tokens, spent[number] + clock() - started))
         trial.said += zip(batch, said, strict=True)
         trial.squares += [chunk[number] for chunk in squares]
-    return [(sum(len(sequence) for sequence in batch), seconds)]
+    return [(num_tokens, seconds)]
+
+
+def _a_token(timed: list[tuple[int, float]]) -> float:
+    """Seconds a token; the first batch, which also warms everything up, does not count where there are more."""
+    steady = timed[1:] if len(timed) > 2 else timed
+    return sum(seconds for _, seconds in steady) / sum(tokens for tokens, _ in steady)
 
 
 def _clock(engine: TransformersEngine) -> Callable[[], float]:
@@ -289,6 +294,7 @@ def _estimate(
             t.numel() * t.element_size() for t in (engine.head.weight, engine.head.bias) if t is not None
         )
     builder, empty = (ShardBuilder(codec, spec.fingerprint, 0) for _ in range(2))
+    codec.encode(tried[0][1], tried[0][0].contexts)  # what is made once a process is not a token's
     started = time.monotonic()
     frames = [codec.encode(targets, sequence.contexts) for sequence, targets in tried]
     for (sequence, _), frame in zip(tried, frames, strict=True):
@@ -315,7 +321,7 @@ def _estimate(
         kl=None if drawn else 0.0 if hidden else _mean(kl_of_truncation(*p, codec.vocab_size) for p in pairs_stored),
         codec_kl=0.0 if lossless else _mean(kl_of_stored(*pair) for pair in pairs_stored),
         target_mse=_mean(trial.squares) if drawn else None,
-        select_seconds=trial.select_seconds / sum(len(sequence) for sequence, _ in said),
+        select_seconds=_a_token(trial.select_seconds),
         encode_seconds=encode_seconds,
         temperatures=spec.targets.temperatures,
         losses=serves(codec),
@@ -341,7 +347,7 @@ def serves(codec: Codec) -> str:
         return "any, at any T"
     if codec.frequencies:
         return "forward_kl, ce"
-    return "unbiased: forward_kl, tv, skew, jsd" if codec.num_draws else "any, over buckets"
+    return "forward_kl, tv, skew, jsd" if codec.num_draws else "any, over buckets"
 
 
 def kl_of_truncation(said: SparseTargets, stored: SparseTargets, vocab_size: int) -> np.ndarray:
