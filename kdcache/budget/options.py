@@ -87,10 +87,14 @@ class PlanOptions(DumpOptions):
     ] = None
     peak_tflops: Annotated[float, Field(gt=0, description="Of one GPU, dense, in the teacher's dtype.")] = 989.0
     mfu: Annotated[float, Field(gt=0, le=1, description="Share of these that the teacher's forward pass uses.")] = 0.4
-    gpus_per_teacher: Annotated[
-        int,
-        Field(ge=1, description="Of --teacher-config: GPUs that share one teacher (tensor parallel or --device-map)."),
-    ] = 1
+    gpus_per_teacher: Annotated[int, Field(ge=1, description="Of --teacher-config: GPUs that share one teacher.")] = 1
+    teacher_split: Annotated[
+        Literal["layers", "tensor"],
+        Field(
+            description="How they share it: layers, which take turns, so that the rate is that of one GPU (dump-teacher --device-map); tensor, all "
+            "at once."
+        ),
+    ] = "layers"
     gpus_per_student: Annotated[int, Field(ge=1, description="GPUs that share one student (FSDP).")] = 1
     gpu_memory: Annotated[float, Field(gt=0, description="Of one GPU, in GiB.")] = 80.0
     bytes_from: Annotated[
@@ -102,6 +106,8 @@ class PlanOptions(DumpOptions):
 
     @model_validator(mode="after")
     def _something_to_plan(self) -> Self:
+        for scheme in self.compare or ():
+            parse_scheme(scheme)
         if self.teacher_config is None:
             if not self.teacher or not self.dataset:
                 raise ValueError(
