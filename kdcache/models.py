@@ -106,12 +106,22 @@ def describe_model(source: ModelSource, config: Any, attention: str = "auto") ->
     Raises:
         ModelError: The family does not know this attention.
     """
+    model = meta_model(source, config, attention)
+    return sum(parameter.numel() for parameter in model.parameters()), str(model.config._attn_implementation)
+
+
+def meta_model(source: ModelSource, config: Any, attention: str = "auto") -> PreTrainedModel:
+    """A model with shapes and no weights.
+
+    Raises:
+        ModelError: There is no such model.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     with _load_errors(source), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, **_attention(attention))
-    return sum(parameter.numel() for parameter in model.parameters()), str(model.config._attn_implementation)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **_attention(attention))
+    return model
 
 
 def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -20,6 +20,7 @@ from kdcache.errors import KDCacheError
 from kdcache.progress import launched_rank
 
 COMMANDS = {
+    "plan": "kdcache.cli.plan",
     "dump-teacher": "kdcache.cli.dump_teacher",
     "generate": "kdcache.cli.generate",
     "train-student": "kdcache.cli.train_student",

@@ -38,7 +38,7 @@ def _flag(name: str, field: FieldInfo) -> Callable[[CommandT], CommandT]:
     text = field.description or ""
     if field.is_required():
         text += "  [required]"
-    elif not (field.default is None or kind in (dict, list)):
+    elif not (field.default in (None, "") or kind in (dict, list)):
         text += f"  [default: {_shown(field.default)}]"
     key = field.alias or name
     if kind is bool:
@@ -102,7 +102,7 @@ def _bare(annotation: Any) -> Any:
             annotation = next(part for part in get_args(annotation) if part is not type(None))
         elif hasattr(annotation, "__metadata__"):
             annotation = annotation.__origin__
-        elif origin in (dict, tuple, list):
+        elif origin in (dict, list, tuple):
             return origin
         else:
             return annotation

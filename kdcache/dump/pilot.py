@@ -63,11 +63,16 @@ def count_tables(worker: Worker, kind: str, num_tokens: float) -> IdTables:
         kind: ``global`` or ``context``.
         num_tokens: Of the corpus, about.
     """
-    num_positions = int(min(max(SHARE * num_tokens, LEAST), MOST))
+    num_positions = pilot_positions(num_tokens)
     logger.info("pilot: the teacher reads %s tokens to count what follows what", f"{num_positions:,}")
     pilot = list(_read(worker, num_positions))
     contexts = NUM_CONTEXTS if kind == "context" else 0
     return IdTables.count(pilot, worker.plan.spec.teacher.vocab_size, contexts, LIST_LENGTH, LEAST_SEEN)
+
+
+def pilot_positions(num_tokens: float) -> int:
+    """Positions that are counted of a corpus of so many tokens."""
+    return int(min(max(SHARE * num_tokens, LEAST), MOST))
 
 
 def _read(worker: Worker, num_positions: int) -> Iterator[tuple[UIntArray, SparseTargets]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kdcache.cache.commit import check_is_ours, current_manifest, publish_plan, read_plan
@@ -28,6 +29,8 @@ from kdcache.models import describe_model, describe_tokenizer, load_config, load
 from kdcache.specs import ComputeSpec, TeacherSpec
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from kdcache.dump.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -84,6 +87,23 @@ def finished_before(store: Store, options: DumpOptions) -> Manifest | None:
     return manifest
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Draft:
+    """A dump as it would be.
+
+    Attributes:
+        spec: Without id tables.
+        rows: The whole corpus.
+        tokenizer: The teacher's.
+        num_tokens: Of the corpus, about.
+    """
+
+    spec: CacheSpec
+    rows: Rows
+    tokenizer: PreTrainedTokenizerBase
+    num_tokens: float
+
+
 def make_plan(
     store: Store, options: DumpOptions, load_worker: Callable[[Plan, Rows], Worker] | None = None
 ) -> tuple[Plan, Rows]:
@@ -96,6 +116,31 @@ def make_plan(
     """
     check_is_ours(store)
     standing = read_plan(store) if store.exists("plan.json") else None
+    draft = draft_spec(options, standing)
+    spec, rows, num_tokens = draft.spec, draft.rows, draft.num_tokens
+    codec = spec.codec
+    kind = choose_tables(options, spec.targets, codec, spec.teacher.vocab_size, num_tokens)
+    tables = _standing_tables(store, standing, options, kind)
+    if load_worker and tables is None and kind != "none" and not (standing and standing.spec.codec.id_tables is None):
+        data = count_tables(load_worker(_plan(spec), rows), kind, num_tokens).to_bytes()
+        standing = read_plan(store) if store.exists("plan.json") else None  # a peer may have been faster
+        tables = standing.spec.codec.id_tables if standing else digest(data)
+        if tables == digest(data):
+            store.put_if_absent(table_name(tables), data)
+    plan = _plan(spec.model_copy(update={"codec": codec.model_copy(update={"id_tables": tables})}))
+    return publish_plan(store, plan), rows
+
+
+def draft_spec(options: DumpOptions, standing: Plan | None = None) -> Draft:
+    """Describe everything that moves the numbers, but the id tables; nothing is written.
+
+    Args:
+        options: Of the dump.
+        standing: The plan that it goes on with, if there is one.
+
+    Raises:
+        KDCacheError: Teacher, dataset or options cannot be used, or not together.
+    """
     source = find_model(options.teacher, options.revision)
     config = load_config(source, trust_remote_code=options.trust_remote_code)
     text_config = config.get_text_config()
@@ -153,18 +198,7 @@ def make_plan(
         options.teacher,
         spec.teacher.dtype,
     )
-    num_tokens = tokens_per_row * len(rows)
-    kind = choose_tables(options, targets, codec, vocab_size, num_tokens)
-    draft = _plan(spec)
-    tables = _standing_tables(store, standing, options, kind)
-    if load_worker and tables is None and kind != "none" and not (standing and standing.spec.codec.id_tables is None):
-        data = count_tables(load_worker(draft, rows), kind, num_tokens).to_bytes()
-        standing = read_plan(store) if store.exists("plan.json") else None  # a peer may have been faster
-        tables = standing.spec.codec.id_tables if standing else digest(data)
-        if tables == digest(data):
-            store.put_if_absent(table_name(tables), data)
-    plan = _plan(spec.model_copy(update={"codec": codec.model_copy(update={"id_tables": tables})}))
-    return publish_plan(store, plan), rows
+    return Draft(spec, rows, tokenizer, tokens_per_row * len(rows))
 
 
 def _plan(spec: CacheSpec) -> Plan:

@@ -128,7 +128,7 @@ class AnsweringEngine:
         # Steps are rows of a batch each; an answer is a column.
         whole = _stack(said)
         rows = [step * len(prompts) + row for row, length in enumerate(lengths) for step in range(length)]
-        targets = self.engine.split([_take(whole, torch.tensor(rows))], None, lengths)
+        targets = self.engine.split(self.engine.targets, [_take(whole, torch.tensor(rows))], None, lengths)
         answers = []
         for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
             ids = np.concatenate([np.asarray(prompt), written[row, :length]]).astype(np.uint32)

@@ -32,6 +32,34 @@ logger = logging.getLogger(__name__)
 ResultT = TypeVar("ResultT")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Reading:
+    """What the trunk gave for a batch: everything that logits are made of.
+
+    Attributes:
+        given: ``[N, D]`` hidden states of the positions with targets; ``[N, V]`` logits where the head is not understood.
+        labels: ``[N]`` int64.
+        sizes: Targets of each sequence.
+    """
+
+    given: torch.Tensor
+    labels: torch.Tensor
+    sizes: list[int]
+    _to_logits: Callable[[torch.Tensor], torch.Tensor]
+    _averaged: Sequence[Averaged]
+    _others: list[torch.Tensor]
+
+    def chunks(self, chunk_positions: int) -> list[slice]:
+        """All N positions, so many at a time."""
+        return [slice(start, start + chunk_positions) for start in range(0, len(self.given), chunk_positions)]
+
+    def logits(self, rows: slice) -> torch.Tensor:
+        """``[C, V]`` of some of the positions."""
+        return average_logits(
+            self._to_logits(self.given[rows]), self._averaged, [other[rows] for other in self._others]
+        )
+
+
 @dataclass(slots=True)
 class TransformersEngine:
     """A loaded teacher.
@@ -119,6 +147,17 @@ class TransformersEngine:
         return self.halving(job, first, too_large) + self.halving(job, second, too_large)
 
     def _run(self, batch: list[TokenSequence], sequence_ids: Sequence[int]) -> list[SparseTargets]:
+        read = self.read(batch)
+        uniforms = self.uniforms(self.targets, batch, sequence_ids, read.given.device)
+        chunks = []
+        for rows in read.chunks(self.chunk_positions):
+            chunk_uniforms = None if uniforms is None else uniforms[rows]
+            chunks.append(select(read.logits(rows), read.labels[rows], self.targets, chunk_uniforms))
+        keep_hidden = self.targets.scheme == "hidden"
+        return self.split(self.targets, chunks, read.given if keep_hidden else None, read.sizes)
+
+    def read(self, batch: list[TokenSequence]) -> Reading:
+        """Run the trunk over a batch; logits are made of what it gives a chunk at a time."""
         input_ids, position_ids = (t.to(self.model.get_input_embeddings().weight.device) for t in pad_batch(batch))
         masks = np.zeros(tuple(input_ids.shape), dtype=bool)
         for row, sequence in enumerate(batch):
@@ -133,30 +172,26 @@ class TransformersEngine:
             logits_BTV = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
             given_NX = logits_BTV[valid.to(logits_BTV.device)][:, : self.vocab_size]
             to_logits = _as_they_are
-        uniforms = self._uniforms(batch, sequence_ids, given_NX.device)
         others = [averaged.hidden(batch) for averaged in self.averaged]
-        labels_N = labels_N.to(given_NX.device)
-        chunks = []
-        for start in range(0, len(given_NX), self.chunk_positions):
-            rows = slice(start, start + self.chunk_positions)
-            logits_CV = average_logits(to_logits(given_NX[rows]), self.averaged, [other[rows] for other in others])
-            chunk_uniforms = None if uniforms is None else uniforms[rows]
-            chunks.append(select(logits_CV, labels_N[rows], self.targets, chunk_uniforms))
-        keep_hidden = self.targets.scheme == "hidden"
-        return self.split(chunks, given_NX if keep_hidden else None, [int(mask.sum()) for mask in masks])
+        sizes = [int(mask.sum()) for mask in masks]
+        return Reading(given_NX, labels_N.to(given_NX.device), sizes, to_logits, self.averaged, others)
 
-    def _uniforms(
-        self, batch: list[TokenSequence], sequence_ids: Sequence[int], device: torch.device
+    @staticmethod
+    def uniforms(
+        targets: TargetSpec, batch: list[TokenSequence], sequence_ids: Sequence[int], device: torch.device
     ) -> torch.Tensor | None:
-        if self.targets.scheme not in DRAWN:
+        """The random numbers of a batch's positions, for a scheme that draws."""
+        if targets.scheme not in DRAWN:
             return None
         parts = [
-            position_uniforms(self.targets, name, sequence.target_mask)
+            position_uniforms(targets, name, sequence.target_mask)
             for sequence, name in zip(batch, sequence_ids, strict=True)
         ]
         return torch.from_numpy(np.concatenate(parts)).to(device)
 
-    def split(self, chunks: list[Selected], hidden_ND: torch.Tensor | None, sizes: list[int]) -> list[SparseTargets]:
+    def split(
+        self, targets: TargetSpec, chunks: list[Selected], hidden_ND: torch.Tensor | None, sizes: list[int]
+    ) -> list[SparseTargets]:
         """Back to the host, a sequence at a time."""
         per_position: dict[str, np.ndarray] = {}
         per_entry: dict[str, np.ndarray] = {}
@@ -183,7 +218,7 @@ class TransformersEngine:
             self._check_finite(part | entries)
             out.append(
                 SparseTargets(
-                    temperatures=self.targets.temperatures,
+                    temperatures=targets.temperatures,
                     num_entries=part["num_entries"].astype(np.uint32),
                     token_ids=entries["token_ids"].astype(np.uint32),
                     logprobs=entries["logprobs"],

@@ -1,0 +1,1 @@
+"""``kdcache plan``: what a dump and the students after it will take, said before anything is spent."""
