@@ -38,7 +38,7 @@ def _flag(name: str, field: FieldInfo) -> Callable[[CommandT], CommandT]:
     text = field.description or ""
     if field.is_required():
         text += "  [required]"
-    elif not (field.default is None or kind is dict):
+    elif not (field.default is None or field.default == () or kind is dict):
         text += f"  [default: {_shown(field.default)}]"
     key = field.alias or name
     if kind is bool:
@@ -49,6 +49,8 @@ def _flag(name: str, field: FieldInfo) -> Callable[[CommandT], CommandT]:
         return click.option(
             f"--{label}", _safe(key), multiple=True, metavar="CACHE[:WEIGHT]", callback=_as_list, help=text
         )
+    if field.annotation == tuple[str, ...]:
+        return click.option(f"--{label}", _safe(key), multiple=True, callback=_as_list, help=text)
     if kind is dict:
         return click.option(f"--{label}", _safe(key), multiple=True, metavar="FIELD=VALUE", help=text)
     click_type = {int: click.INT, float: click.FLOAT}.get(kind, click.STRING)
