@@ -1,2 +1,428 @@
-def render(found):
-    return ""
+"""The report of an evaluation: one HTML file that needs no network, no script and no font, made of the evaluation's JSON alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from typing import Any
+
+from kdcache.evaluate import plots
+from kdcache.evaluate.page import figure, page, paragraph, table
+from kdcache.evaluate.plots import Point, Series, escape
+
+NAMES = {"student": "student", "baseline": "baseline", "full": "full student", "teacher": "teacher"}
+COLOURS = {"student": plots.STUDENT, "baseline": plots.BASELINE, "teacher": plots.TEACHER, "full": plots.FULL}
+Found = dict[str, Any]
+METRICS = (
+    ("perplexity", "perplexity", "{:.2f}", "exp of the cross-entropy of the data tokens; less is better"),
+    ("cross_entropy", "cross-entropy", "{:.4f}", "nats a token, of the data tokens; less is better"),
+    ("forward_kl", "KL(teacher‖·)", "{:.4f}", "nats a token; how much of what the teacher would say is missed; 0 is best"),
+    ("reverse_kl", "KL(·‖teacher)", "{:.4f}", "nats a token; how much is said that the teacher would not say; 0 is best"),
+    ("top1_agreement", "top-1 agreement", "{:.1%}", "share of positions where model and teacher have the same first choice"),
+    ("accuracy", "accuracy", "{:.1%}", "share of positions where the first choice is the data token"),
+    ("acceptance_rate", "acceptance rate", "{:.1%}", "of the model's tokens as drafts in speculative decoding: sum of min(teacher, model)"),
+    ("calibration_error", "ECE", "{:.2%}", "mean gap between confidence in the first choice and accuracy, 15 bins; 0 is best"),
+    ("overconfidence", "overconfidence", "{:+.2%}", "mean confidence minus accuracy; above 0 the model is too sure, below too unsure"),
+)  # fmt: skip
+STRIP_LEVELS = (0.25, 1.0, 2.0, 4.0)
+NUM_WORST = 8
+
+
+def render(found: Found) -> str:
+    """The page.
+
+    Args:
+        found: What :func:`kdcache.evaluate.run.evaluate` returns.
+    """
+    student = next(model for model in found["models"] if model["role"] == "student")
+    body = [
+        *_head(found, student),
+        *_metrics(found),
+        *_shares(found),
+        *_divergence(found),
+        *_calibration(found),
+        *_strip(found),
+        *_generations(found),
+        *_tasks(found),
+        *_training(found),
+        *_provenance(found),
+    ]
+    return page(f"{student['model']}: report", body)
+
+
+def _labelled(found: Found) -> list[tuple[str, Found]]:
+    """Models with a name each: the role, and its number where there are several seeds."""
+    out, seen = [], dict[str, int]()
+    for model in found["models"]:
+        role = model["role"]
+        seen[role] = seen.get(role, 0) + 1
+        several = sum(other["role"] == role for other in found["models"]) > 1
+        out.append((NAMES[role] + (f" {seen[role]}" if several else ""), model))
+    return out
+
+
+def _head(found: Found, student: Found) -> Iterator[str]:
+    cache = found["teacher_cache"]
+    yield f"<h1>{escape(student['model'])}</h1>"
+    yield paragraph(
+        f"A student of {student['num_parameters']:,} parameters held against its teacher {found['models'][0]['model']} "
+        f"({found['models'][0]['num_parameters']:,}) on {student['num_targets']:,} positions of held-out text, over the full vocabulary.",
+        soft=True,
+    )
+    gap = found["summary"]["gap"]
+    if gap is not None and gap["cross_entropy"]["value"] is not None:
+        share, end = gap["cross_entropy"], NAMES[gap["far_end"]]
+        yield (
+            f"<p><strong>{escape(_percent(share))}</strong> of the way from the baseline to the {end} in held-out cross-entropy"
+            f"{escape(_range(share, _percent_of))}.</p>"
+        )
+    if not cache["exact"]:
+        yield (
+            f"<p><strong>KL is a lower bound here</strong>, and the acceptance rate an upper one: the cache holds {escape(cache['targets'])} "
+            "targets, what they leave out counts as one token. A cache made with <code>--targets hidden</code> makes them exact.</p>"
+        )
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def _percent_of(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def _percent(share: Found) -> str:
+    return "not defined" if share["value"] is None else f"{share['value']:.1%}"
+
+
+def _range(told: Found, shape: Callable[[float], str]) -> str:
+    return "" if told["low"] is None else f" ({shape(told['low'])} to {shape(told['high'])})"
+
+
+def _with_range(told: Found, shape: Callable[[float], str]) -> str:
+    """A cell: the value, its interval under it."""
+    if told["value"] is None:
+        return "not defined"
+    under = _range(told, shape).strip(" ()")
+    return escape(shape(told["value"])) + (f'<span class="range">{escape(under)}</span>' if under else "")
+
+
+def _metrics(found: Found) -> Iterator[str]:
+    summary = found["summary"]
+    roles = list(dict.fromkeys(model["role"] for model in found["models"]))
+    bounds = (
+        {} if found["teacher_cache"]["exact"] else {"forward_kl": "≥ ", "reverse_kl": "≥ ", "acceptance_rate": "≤ "}
+    )
+    rows = []
+    for key, name, shape, _ in METRICS:
+        cells = []
+        for role in roles:
+            one = next(model for model in found["models"] if model["role"] == role)
+            spread = summary["spread"].get(role)
+            mark = "" if role == "teacher" else bounds.get(key, "")
+            cell = mark + shape.format(spread["mean"][key] if spread else one[key])
+            under = (
+                f'<span class="range">± {shape.format(spread["deviation"][key]).lstrip("+")}</span>' if spread else ""
+            )
+            cells.append(escape(cell) + under)
+        if told := summary["differences"].get(key):
+            signed = shape.replace(":+", ":").replace(":", ":+")
+            cells.append(_with_range(told, signed.format))
+        elif summary["differences"]:
+            cells.append("")
+        rows.append([escape(name), *cells])
+    head = ["", *(NAMES[role] for role in roles), *(["student − baseline"] if summary["differences"] else [])]
+    yield "<h2>Against the teacher</h2>"
+    yield table("Means over the held-out positions", head, rows)
+    if summary["differences"]:
+        yield paragraph(_intervals(summary), soft=True)
+    if summary["spread"]:
+        seeds = ", ".join(f"{NAMES[role]} {spread['seeds']}" for role, spread in summary["spread"].items())
+        yield paragraph(f"Mean ± standard deviation over seeds ({seeds} models).", soft=True)
+    meanings = [[escape(name), escape(meaning)] for _, name, _, meaning in METRICS]
+    yield f"<details><summary>what these are</summary>{table('', ['', 'meaning'], meanings, text_columns=[1])}</details>"
+
+
+def _intervals(summary: Found) -> str:
+    number = summary["num_documents"]
+    few = " They are few: read the ranges with care." if number < 30 else ""
+    return (
+        f"Small print: the range that holds {summary['confidence']:.0%} of {summary['num_resamples']:,} bootstrap samples of the {number:,} held-out "
+        f"documents, the same for all models (a text cut at the sequence length counts as several).{few} It is about which text was "
+        "measured, not about another seed of training."
+    )
+
+
+def _shares(found: Found) -> Iterator[str]:
+    gap, kept, names = found["summary"]["gap"], found["summary"]["kept"], {key: name for key, name, _, _ in METRICS}
+    yield "<h2>Shares</h2>"
+    if gap is not None:
+        rows = [[escape(names[key]), _with_range(gap[key], _percent_of)] for key in gap if key != "far_end"]
+        yield table(f"Share of the gap from baseline to {NAMES[gap['far_end']]}", ["in", "share"], rows)
+        yield paragraph(
+            f"(student − baseline) / ({NAMES[gap['far_end']]} − baseline): 0 % is what the baseline has, 100 % all there is to win; "
+            "below 0 the student is worse than the baseline.", soft=True,
+        )  # fmt: skip
+    rows = [[escape(names[key]), _with_range(kept[key], _percent_of)] for key in kept]
+    yield table("Share of the teacher kept", ["in", "share"], rows)
+    yield paragraph(
+        "(student − chance) / (teacher − chance), chance being a uniform guess over the "
+        f"{found['teacher_cache']['vocab_size']:,} tokens of the vocabulary.", soft=True,
+    )  # fmt: skip
+
+
+# --- plots ------------------------------------------------------------------------------------------------------------
+
+
+def _students(found: Found) -> list[tuple[str, Found]]:
+    return [(name, model) for name, model in _labelled(found) if model["role"] != "teacher"]
+
+
+def _series(name: str, model: Found, points: Sequence[Point], **how: bool) -> Series:
+    return Series(name, points, COLOURS[model["role"]], dashed=model["role"] == "baseline", **how)
+
+
+def _numbers(caption: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    return table(
+        caption, head, [[escape(f"{cell:.4g}" if isinstance(cell, float) else cell) for cell in row] for row in rows]
+    )
+
+
+def _divergence(found: Found) -> Iterator[str]:
+    models = _students(found)
+    bound = "" if found["teacher_cache"]["exact"] else ", lower bound"
+    yield '<h2>Where it is far from the teacher</h2>\n<div class="plots">'
+    for key, title, axis, place in (
+        ("kl_by_context", "KL by position", lambda highest: plots.powers_axis("tokens of the document read so far", int(highest)),
+         lambda b: (b["from"] * b["to"]) ** 0.5),
+        ("kl_by_entropy", "KL by the teacher's entropy", lambda highest: plots.number_axis("teacher's entropy, nats", [0.0, highest]),
+         lambda b: b["from"] + 0.25),
+    ):  # fmt: skip
+
+        def range_of(one: Found) -> str:
+            return f"{one['from']:g} and more" if one["to"] is None else f"{one['from']:g} to {one['to']:g}"
+
+        series = []
+        for name, model in models:
+            points = [
+                Point(_log2(place(b)) if key == "kl_by_context" else place(b), b["forward_kl"],
+                      f"{name}, {range_of(b)}: {b['forward_kl']:.3f} nats, {b['positions']:,} positions")
+                for b in model[key]
+            ]  # fmt: skip
+            series.append(_series(name, model, points))
+        bins = models[0][1][key]
+        highest = bins[-1]["to"] or bins[-1]["from"] + 0.5
+        y_axis = plots.number_axis(
+            f"KL(teacher‖·), nats a token{bound}", [p.y for s in series for p in s.points], from_zero=True
+        )
+        plot = plots.line_plot(title, axis(highest), y_axis, series)
+        rows = [
+            [range_of(b), f"{b['positions']:,}", *(model[key][i]["forward_kl"] for _, model in models)]
+            for i, b in enumerate(bins)
+        ]
+        yield figure(
+            title, plot, _numbers("KL(teacher‖·), nats a token", ["", "positions", *(name for name, _ in models)], rows)
+        )
+    yield "</div>"
+    yield paragraph(
+        "Each point is the mean over the positions of its bin; times their numbers they sum to the whole KL.", soft=True
+    )
+
+
+def _log2(value: float) -> float:
+    import math
+
+    return math.log2(value)
+
+
+def _calibration(found: Found) -> Iterator[str]:
+    yield "<h2>Is it as sure as it should be?</h2>"
+    series, rows = [], []
+    for name, model in _labelled(found):
+        points = [
+            Point(b["confidence"], b["accuracy"], f"{name}: {b['confidence']:.1%} sure, {b['accuracy']:.1%} right, {b['positions']:,} positions")
+            for b in model["calibration"]
+        ]  # fmt: skip
+        series.append(_series(name, model, points))
+        rows += [[name, f"{b['positions']:,}", b["confidence"], b["accuracy"]] for b in model["calibration"]]
+    x_axis = plots.number_axis("confidence in the first choice", [0.0, 1.0], percent=True)
+    y_axis = plots.number_axis("share right", [0.0, 1.0], percent=True)
+    plot = plots.line_plot("Reliability", x_axis, y_axis, series, diagonal="as sure as right", height=340)
+    data = _numbers("Bins of the confidence", ["", "positions", "confidence", "right"], rows)
+    sure = [
+        [escape(name), f"{m['calibration_error']:.2%}", f"{m['overconfidence']:+.2%}"] for name, m in _labelled(found)
+    ]
+    yield f'<div class="plots">{figure("Reliability", plot, data)}<div>'
+    yield table("Calibration", ["", "ECE", "overconfidence"], sure)
+    yield paragraph(
+        "Below the diagonal a model is too sure of itself, above it too unsure. Bins of few positions jump: the numbers say how many.",
+        soft=True,
+    )
+    yield "</div></div>"
+
+
+def _training(found: Found) -> Iterator[str]:
+    figures = []
+    for key, title in (("loss", "Loss, each model's own"), ("cross_entropy", "Cross-entropy of the labels")):
+        series = []
+        for name, model in _students(found):
+            curves = model.get("curves") or {}
+            label = _objective(name, model) if key == "loss" else name
+            if len(curves.get(key, ())) > 1:
+                series.append(_series(label, model, [Point(x, y, "") for x, y in curves[key]], marks=False))
+            if held := curves.get(f"eval_{key}"):
+                points = [Point(x, y, f"{name}, step {x:,}: {y:.4f} held out") for x, y in held]
+                series.append(_series(f"{name}, held out", model, points))
+        if series:
+            every = [p for one in series for p in one.points]
+            x_axis = plots.number_axis("step", [0.0, max(p.x for p in every)])
+            plot = plots.line_plot(title, x_axis, plots.number_axis("nats a token", [p.y for p in every]), series)
+            rows = [[one.name, f"{p.x:,}", p.y] for one in series for p in one.points]
+            figures.append(figure(title, plot, _numbers(title, ["", "step", "nats"], rows)))
+    if figures:
+        yield f'<h2>Training</h2>\n<div class="plots">{"".join(figures)}</div>'
+        yield paragraph(
+            "Losses of other objectives are not comparable with each other; cross-entropies are.", soft=True
+        )
+
+
+def _objective(name: str, model: Found) -> str:
+    if "alpha" not in model:
+        return name
+    return f"{name}, alpha {model['alpha']}"
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def _visible(text: str) -> str:
+    """A token to be read: a line break is seen as one."""
+    return text.replace("\n", "⏎")
+
+
+def _choices(some: Sequence[Sequence[Any]]) -> str:
+    return "  ".join(f"“{_visible(text)}” {probability:.0%}" for text, probability in some)
+
+
+def _strip(found: Found) -> Iterator[str]:
+    if "strip" not in found:
+        return
+    strip = found["strip"]
+    yield "<h2>Token by token</h2>"
+    yield paragraph(
+        "A held-out text of middling difficulty. The stronger a token's colour, the farther the student's distribution over it is "
+        "from the teacher's; touch or point at a token for what both would have said.", soft=True,
+    )  # fmt: skip
+    edges = [0.0, *STRIP_LEVELS]
+    names = [f"{a:g} to {b:g}" for a, b in zip(edges, edges[1:], strict=False)] + [f"{edges[-1]:g} and more"]
+    keys = "".join(f'<span class="h{i}">{name}</span>' for i, name in enumerate(names))
+    yield f'<p class="soft key">KL(teacher‖student), nats: {keys}</p>'
+    spans = [f"<span>{escape(strip['before'])}</span>"]
+    for token in strip["tokens"]:
+        level = sum(token["forward_kl"] >= edge for edge in STRIP_LEVELS)
+        said = (
+            f"“{_visible(token['text'])}”  KL {token['forward_kl']:.2f} nats, student gave it {token['probability']:.1%}\n"
+            f"teacher  {_choices(token['teacher'])}\nstudent  {_choices(token['student'])}"
+        )
+        text = token["text"].replace("\n", "⏎\n")
+        spans.append(f'<span class="h{level}" tabindex="-1" data-said="{escape(said)}">{escape(text)}</span>')
+    yield f'<div class="strip" dir="auto">{"".join(spans)}</div>'
+    texts = [strip["before"], *(token["text"] for token in strip["tokens"])]
+    befores = list(accumulate(texts))
+    order = sorted(range(len(strip["tokens"])), key=lambda i: -strip["tokens"][i]["forward_kl"])
+    yield table(
+        "Where they differ most",
+        STRIP_HEAD,
+        [_strip_row(strip, befores, i) for i in order[:NUM_WORST]],
+        text_columns=[0, 2, 3],
+    )
+    every = table(
+        "In order", STRIP_HEAD, [_strip_row(strip, befores, i) for i in sorted(order)], text_columns=[0, 2, 3]
+    )
+    yield f"<details><summary>every token as a table</summary>{every}</details>"
+
+
+STRIP_HEAD = ("after … the text has", "KL, nats", "teacher's first choice", "student's first choice")
+
+
+def _strip_row(strip: Found, befores: Sequence[str], index: int) -> list[str]:
+    token = strip["tokens"][index]
+    before = _visible(befores[index][-18:])
+    first = [_choices(token[who][:1]) for who in ("teacher", "student")]
+    return [
+        f'<span class="long">…{escape(before)} </span><strong>{escape(_visible(token["text"]))}</strong>',
+        f"{token['forward_kl']:.2f}",
+        *map(escape, first),
+    ]
+
+
+def _generations(found: Found) -> Iterator[str]:
+    if "generations" not in found:
+        return
+    said = found["generations"]
+    order = [role for role in NAMES if role in said["means"]]
+    order = [role for role in ("teacher", "student", "baseline", "full") if role in order]
+    kinds = {
+        "rouge_l_reference": "ROUGE-L to reference",
+        "rouge_l_teacher": "ROUGE-L to teacher",
+        "words": "words",
+        "repetition": "repeated 4-grams",
+    }
+    shapes = {"words": "{:.1f}", "repetition": "{:.1%}"}
+    shown = [kind for kind in kinds if any(kind in said["means"][role] for role in order)]
+    rows = [
+        [escape(NAMES[role]), *(shapes.get(k, "{:.3f}").format(said["means"][role][k]) if k in said["means"][role] else "" for k in shown)]
+        for role in order
+    ]  # fmt: skip
+    yield "<h2>Answers side by side</h2>"
+    yield table(f"Means over {len(said['prompts'])} prompts", ["", *(kinds[kind] for kind in shown)], rows)
+    yield paragraph(
+        f"The most probable token at every step, at most {said['max_new_tokens']} of them. ROUGE-L is the F1 of the longest common subsequence of "
+        "words: 1 is the same text.", soft=True,
+    )  # fmt: skip
+    for number, one in enumerate(said["prompts"], start=1):
+        yield f'<h3>Prompt {number}</h3>\n<p class="said prompt" dir="auto">{escape(one["prompt"])}</p>\n<div class="answers">'
+        for role in order:
+            scores = ", ".join(f"{value:.2f} to {to}" for to, value in one["rouge_l"][role].items())
+            yield _answer(NAMES[role], one["answers"][role], scores)
+        if one["reference"] is not None:
+            yield _answer("reference", one["reference"], "")
+        yield "</div>"
+
+
+def _answer(name: str, text: str, scores: str) -> str:
+    note = f'<p class="soft">ROUGE-L {escape(scores)}</p>' if scores else ""
+    return f'<div class="answer"><h4>{escape(name)}</h4><p class="said" dir="auto">{escape(text) or "(nothing)"}</p>{note}</div>'
+
+
+# --- the rest ---------------------------------------------------------------------------------------------------------
+
+
+def _tasks(found: Found) -> Iterator[str]:
+    measured = [(name, model["tasks"]) for name, model in _labelled(found) if "tasks" in model]
+    if not measured:
+        return
+    rows = []
+    for task, scores in measured[0][1].items():
+        for metric in scores:
+            cells = []
+            for _, tasks in measured:
+                one = tasks[task][metric]
+                error = "" if one["stderr"] is None else f'<span class="range">± {one["stderr"]:.3f}</span>'
+                cells.append(f"{one['value']:.3f}{error}")
+            rows.append([f"{escape(task)}, {escape(metric)}", *cells])
+    yield "<h2>Tasks</h2>"
+    yield table("Scores of lm-evaluation-harness", ["", *(name for name, _ in measured)], rows)
+    yield paragraph("± is the standard error over a task's examples.", soft=True)
+
+
+def _provenance(found: Found) -> Iterator[str]:
+    cache = found["teacher_cache"]
+    rows = [
+        ["held-out cache", f"{cache['path']} (fingerprint {cache['fingerprint']}, {cache['targets']} targets)"],
+        ["text", f"{cache['dataset']}, split {cache['split']}"],
+        *([name, f"{model['model']}, {model['num_parameters']:,} parameters"] for name, model in _labelled(found)),
+        *([name.replace("_", " "), f"{value:,}"] for name, value in found["phases"].items()),
+        ["versions", ", ".join(f"{name} {version}" for name, version in found["versions"].items())],
+    ]
+    yield "<h2>Where this comes from</h2>"
+    yield table("", ["", "what"], [[escape(name), escape(value)] for name, value in rows], text_columns=[1])
