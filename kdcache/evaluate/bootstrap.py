@@ -6,9 +6,6 @@ together, so that it is documents that are drawn. The draws depend on the seed a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
@@ -44,22 +41,14 @@ def interval(values: FloatArray) -> tuple[float, float] | None:
     return float(low), float(high)
 
 
-def with_interval(
-    statistic: Callable[[FloatArray], FloatArray], means: FloatArray, resampled: FloatArray | None
-) -> dict[str, Any]:
-    """A statistic of means, and where it lies over the resamples.
-
-    Args:
-        statistic: ``[..., C]`` to ``[...]``.
-        means: ``[C]``, of what was measured.
-        resampled: ``[R, C]``, or None where there are too few documents.
+def with_interval(values: FloatArray) -> dict[str, float | None]:
+    """A statistic as measured, ``values[0]``, and where it lies over the resamples, the others, where there are any.
 
     Returns:
         ``value``, ``low``, ``high``; None each where it is not known.
     """
-    with np.errstate(divide="ignore", invalid="ignore"):
-        value = float(statistic(means))
-        found = None if resampled is None else interval(statistic(resampled))
-    if not np.isfinite(value):
+    if not np.isfinite(values[0]):
         return {"value": None, "low": None, "high": None}
-    return {"value": value, "low": found[0] if found else None, "high": found[1] if found else None}
+    found = interval(values[1:]) if len(values) > 1 else None
+    low, high = found if found else (None, None)
+    return {"value": float(values[0]), "low": low, "high": high}

@@ -35,7 +35,7 @@ details{margin:6px 0}summary{cursor:pointer;color:var(--soft);font-size:13.5px}
 .strip span[data-said]:hover::after,.strip span[data-said]:focus::after{content:attr(data-said);position:fixed;left:0;right:0;bottom:0;z-index:1;padding:10px 16px;
 background:var(--ink);color:var(--page);font:13px/1.45 ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere;max-height:40vh;overflow:hidden}
 .key span{padding:1px 7px;margin-right:4px;white-space:nowrap;display:inline-block;border-bottom:2px solid transparent}
-@media(max-width:560px){body{padding:12px 12px 80px}th,td{padding-right:10px}.long{display:none}}
+@media(max-width:560px){body{padding:12px 12px 80px}table{font-size:12.5px}th,td{padding-right:6px}th:last-child,td:last-child{padding-right:0}th:first-child{white-space:normal}.range{font-size:11px;white-space:normal}.long{display:none}}
 """
 
 

@@ -19,7 +19,7 @@ STUDENT, BASELINE, TEACHER, FULL = range(4)
 
 def escape(value: object) -> str:
     """Text for HTML and SVG: markup is escaped, control characters (line breaks aside) are shown as a replacement."""
-    text = "".join(c if c >= " " and not "\x7f" <= c < "\xa0" or c in "\n\t" else "�" for c in str(value))
+    text = "".join(c if (c >= " " and not "\x7f" <= c < "\xa0") or c in "\n\t" else "�" for c in str(value))
     # Unpaired surrogates and the two noncharacters that XML does not have.
     return html.escape("".join("�" if "\ud800" <= c <= "\udfff" or c in "\ufffe\uffff" else c for c in text))
 
@@ -27,15 +27,15 @@ def escape(value: object) -> str:
 def _style() -> str:
     def rules(colours: Sequence[str], ink: str, grid: str) -> str:
         lines = "".join(
-            f".plot .k{i}{{stroke:{c}}}.plot circle.k{i},.plot text.k{i}{{fill:{c}}}" for i, c in enumerate(colours)
+            f".plot .k{i}:not(text){{stroke:{c}}}.plot text.k{i},.plot circle.k{i}:not(.faint){{fill:{c}}}"
+            for i, c in enumerate(colours)
         )
-        return f".plot text{{fill:{ink};stroke:none}}.plot .grid{{stroke:{grid}}}{lines}.plot text{{stroke:none}}"
+        return f".plot text{{fill:{ink}}}.plot .grid{{stroke:{grid}}}{lines}"
 
-    dark = rules(DARK, "#ddd", "#3a3d42")
     return (
-        f".plot{{font:{FONT}px system-ui,sans-serif}}.plot polyline,.plot path{{fill:none;stroke-width:1.8;stroke-linejoin:round}}"
-        f".plot .dashed{{stroke-dasharray:5 3}}.plot .thin{{stroke-width:1}}{rules(LIGHT, '#222', '#ddd')}"
-        f"@media(prefers-color-scheme:dark){{{dark}}}"
+        f".plot{{font:{FONT}px system-ui,sans-serif}}.plot polyline{{fill:none;stroke-width:1.8;stroke-linejoin:round}}"
+        f".plot .dashed{{stroke-dasharray:5 3}}.plot .faint{{fill:none}}{rules(LIGHT, '#222', '#ddd')}"
+        f"@media(prefers-color-scheme:dark){{{rules(DARK, '#ddd', '#3a3d42')}}}"
     )
 
 
@@ -44,12 +44,16 @@ STYLE = _style()
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A measured value; ``spread`` is drawn as a bar of its length up and down, ``title`` is shown on hover."""
+    """A measured value; ``title`` is shown on hover.
+
+    ``spread`` is drawn as a bar of its length up and down. A ``faint`` point, one of few measurements, is hollow and not joined.
+    """
 
     x: float
     y: float
     title: str
     spread: float = 0.0
+    faint: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +110,7 @@ def line_plot(
     y_axis: Axis,
     series: Sequence[Series],
     *,
-    diagonal: str | None = None,
+    diagonal: bool = False,
     width: int = 420,
     height: int = 270,
     standalone: bool = False,
@@ -118,7 +122,7 @@ def line_plot(
         x_axis: Below.
         y_axis: On the left; its label stands over it.
         series: Lines; a circle for each point where they have marks.
-        diagonal: Name of the line from corner to corner, where there is one.
+        diagonal: Whether there is a dashed line from corner to corner.
         width: Of the drawing, in its own units, at which text is 11 high.
         height: Likewise.
         standalone: Whether the SVG is a file of its own, and so carries its style.
@@ -143,23 +147,26 @@ def line_plot(
         out.append(f'<text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{escape(label)}</text>')
     for value, label in x_axis.ticks:
         out.append(f'<text x="{x(value):.1f}" y="{bottom + 16}" text-anchor="middle">{escape(label)}</text>')
-    if diagonal is not None:
-        out.append(f'<line class="k{TEACHER} thin dashed" x1="{LEFT}" y1="{bottom}" x2="{right}" y2="{TOP}"/>')
-        out.append(
-            f'<text x="{right - 6}" y="{TOP + 4}" text-anchor="end" class="k{TEACHER}">{escape(diagonal)}</text>'
-        )
+    if diagonal:
+        out.append(f'<line class="k{TEACHER} dashed" x1="{LEFT}" y1="{bottom}" x2="{right}" y2="{TOP}"/>')
     for one in series:
         kind = f"k{one.colour % len(LIGHT)}"
-        path = " ".join(f"{x(point.x):.1f},{y(point.y):.1f}" for point in one.points)
+        path = " ".join(f"{x(point.x):.1f},{y(point.y):.1f}" for point in one.points if not point.faint)
         out.append(f'<polyline class="{kind}{" dashed" if one.dashed else ""}" points="{path}"/>')
         for point in one.points if one.marks else ():
             if point.spread:
                 ends = f'y1="{y(point.y - point.spread):.1f}" y2="{y(point.y + point.spread):.1f}"'
                 out.append(f'<line class="{kind}" x1="{x(point.x):.1f}" x2="{x(point.x):.1f}" {ends}/>')
             out.append(
-                f'<circle class="{kind}" cx="{x(point.x):.1f}" cy="{y(point.y):.1f}" r="3"><title>{escape(point.title)}</title></circle>'
+                f'<circle class="{kind}{" faint" if point.faint else ""}" cx="{x(point.x):.1f}" cy="{y(point.y):.1f}" r="3"><title>{escape(point.title)}</title></circle>'
             )
-    out += _end_labels([(one, x(one.points[-1].x), y(one.points[-1].y)) for one in series if one.points], height)
+    line_ends = []
+    everything = [(x(point.x), y(point.y)) for one in series for point in one.points]
+    for one in filter(lambda one: one.points, series):
+        last = next((point for point in reversed(one.points) if not point.faint), one.points[-1])
+        # Beside the last point of the line, and of what else is as high as it.
+        line_ends.append((one, max(at for at, height_ in everything if abs(height_ - y(last.y)) < 2 * FONT), y(last.y)))
+    out += _end_labels(line_ends, height)
     return "\n".join(filter(None, [*out, "</svg>"])) + "\n"
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
+from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 from kdcache.evaluate import plots
@@ -26,6 +29,8 @@ METRICS = (
 )  # fmt: skip
 STRIP_LEVELS = (0.25, 1.0, 2.0, 4.0)
 NUM_WORST = 8
+# Bins of fewer positions are drawn hollow.
+FEW = 30
 
 
 def render(found: Found) -> str:
@@ -66,7 +71,8 @@ def _head(found: Found, student: Found) -> Iterator[str]:
     yield f"<h1>{escape(student['model'])}</h1>"
     yield paragraph(
         f"A student of {student['num_parameters']:,} parameters held against its teacher {found['models'][0]['model']} "
-        f"({found['models'][0]['num_parameters']:,}) on {student['num_targets']:,} positions of held-out text, over the full vocabulary.",
+        f"({found['models'][0]['num_parameters']:,}) on {student['num_targets']:,} positions of held-out text"
+        + (", over the full vocabulary." if cache["exact"] else "."),
         soft=True,
     )
     gap = found["summary"]["gap"]
@@ -125,8 +131,7 @@ def _metrics(found: Found) -> Iterator[str]:
             )
             cells.append(escape(cell) + under)
         if told := summary["differences"].get(key):
-            signed = shape.replace(":+", ":").replace(":", ":+")
-            cells.append(_with_range(told, signed.format))
+            cells.append(_with_range(told, partial(_signed, shape)))
         elif summary["differences"]:
             cells.append("")
         rows.append([escape(name), *cells])
@@ -142,32 +147,39 @@ def _metrics(found: Found) -> Iterator[str]:
     yield f"<details><summary>what these are</summary>{table('', ['', 'meaning'], meanings, text_columns=[1])}</details>"
 
 
+def _signed(shape: str, value: float) -> str:
+    """A difference; of shares in percentage points."""
+    if "%" in shape:
+        return f"{100 * value:+.{2 if '.2' in shape else 1}f} pp".replace("-", "−")
+    return shape.replace(":", ":+").format(value).replace("-", "−")
+
+
 def _intervals(summary: Found) -> str:
     number = summary["num_documents"]
-    few = " They are few: read the ranges with care." if number < 30 else ""
+    few = " These are few: read the ranges with care." if number < 30 else ""
     return (
-        f"Small print: the range that holds {summary['confidence']:.0%} of {summary['num_resamples']:,} bootstrap samples of the {number:,} held-out "
-        f"documents, the same for all models (a text cut at the sequence length counts as several).{few} It is about which text was "
+        f"Ranges hold {summary['confidence']:.0%} of {summary['num_resamples']:,} bootstrap samples of the {number:,} held-out "
+        f"documents, the same for all models (a text cut at the sequence length counts as several).{few} They are about which text was "
         "measured, not about another seed of training."
     )
 
 
 def _shares(found: Found) -> Iterator[str]:
     gap, kept, names = found["summary"]["gap"], found["summary"]["kept"], {key: name for key, name, _, _ in METRICS}
-    yield "<h2>Shares</h2>"
+    yield '<h2>Shares</h2>\n<div class="plots">'
     if gap is not None:
         rows = [[escape(names[key]), _with_range(gap[key], _percent_of)] for key in gap if key != "far_end"]
-        yield table(f"Share of the gap from baseline to {NAMES[gap['far_end']]}", ["in", "share"], rows)
+        yield "<div>" + table(f"Share of the gap from baseline to {NAMES[gap['far_end']]}", ["in", "share"], rows)
         yield paragraph(
             f"(student − baseline) / ({NAMES[gap['far_end']]} − baseline): 0 % is what the baseline has, 100 % all there is to win; "
             "below 0 the student is worse than the baseline.", soft=True,
-        )  # fmt: skip
+        ) + "</div>"  # fmt: skip
     rows = [[escape(names[key]), _with_range(kept[key], _percent_of)] for key in kept]
-    yield table("Share of the teacher kept", ["in", "share"], rows)
+    yield f"<div>{table('Share of the teacher kept', ['in', 'share'], rows)}"
     yield paragraph(
         "(student − chance) / (teacher − chance), chance being a uniform guess over the "
         f"{found['teacher_cache']['vocab_size']:,} tokens of the vocabulary.", soft=True,
-    )  # fmt: skip
+    ) + "</div></div>"  # fmt: skip
 
 
 # --- plots ------------------------------------------------------------------------------------------------------------
@@ -188,50 +200,48 @@ def _numbers(caption: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -
 
 
 def _divergence(found: Found) -> Iterator[str]:
-    models = _students(found)
-    bound = "" if found["teacher_cache"]["exact"] else ", lower bound"
+    first = _students(found)[0][1]
+    contexts, entropies = first["kl_by_context"], first["kl_by_entropy"]
+    last = entropies[-1]["to"] or entropies[-1]["from"] + 0.5
+    by_context = plots.powers_axis("tokens of the document read so far", contexts[-1]["to"])
+    by_entropy = plots.number_axis("teacher's entropy, nats", [0.0, last])
     yield '<h2>Where it is far from the teacher</h2>\n<div class="plots">'
-    for key, title, axis, place in (
-        ("kl_by_context", "KL by position", lambda highest: plots.powers_axis("tokens of the document read so far", int(highest)),
-         lambda b: (b["from"] * b["to"]) ** 0.5),
-        ("kl_by_entropy", "KL by the teacher's entropy", lambda highest: plots.number_axis("teacher's entropy, nats", [0.0, highest]),
-         lambda b: b["from"] + 0.25),
-    ):  # fmt: skip
-
-        def range_of(one: Found) -> str:
-            return f"{one['from']:g} and more" if one["to"] is None else f"{one['from']:g} to {one['to']:g}"
-
-        series = []
-        for name, model in models:
-            points = [
-                Point(_log2(place(b)) if key == "kl_by_context" else place(b), b["forward_kl"],
-                      f"{name}, {range_of(b)}: {b['forward_kl']:.3f} nats, {b['positions']:,} positions")
-                for b in model[key]
-            ]  # fmt: skip
-            series.append(_series(name, model, points))
-        bins = models[0][1][key]
-        highest = bins[-1]["to"] or bins[-1]["from"] + 0.5
-        y_axis = plots.number_axis(
-            f"KL(teacher‖·), nats a token{bound}", [p.y for s in series for p in s.points], from_zero=True
-        )
-        plot = plots.line_plot(title, axis(highest), y_axis, series)
-        rows = [
-            [range_of(b), f"{b['positions']:,}", *(model[key][i]["forward_kl"] for _, model in models)]
-            for i, b in enumerate(bins)
-        ]
-        yield figure(
-            title, plot, _numbers("KL(teacher‖·), nats a token", ["", "positions", *(name for name, _ in models)], rows)
-        )
+    yield _kl_figure(
+        found, "kl_by_context", "KL by position", by_context, [math.log2(b["from"] * b["to"]) / 2 for b in contexts]
+    )
+    yield _kl_figure(
+        found, "kl_by_entropy", "KL by the teacher's entropy", by_entropy, [b["from"] + 0.25 for b in entropies]
+    )
     yield "</div>"
     yield paragraph(
-        "Each point is the mean over the positions of its bin; times their numbers they sum to the whole KL.", soft=True
+        f"Each point is the mean over the positions of its bin; times their numbers they sum to the whole KL. Hollow: fewer than {FEW} positions.",
+        soft=True,
     )
 
 
-def _log2(value: float) -> float:
-    import math
+def _kl_figure(found: Found, key: str, title: str, x_axis: plots.Axis, places: Sequence[float]) -> str:
+    models = _students(found)
+    series = []
+    for name, model in models:
+        points = [
+            Point(x, b["forward_kl"], f"{name}, {_range_of(b)}: {b['forward_kl']:.3f} nats, {b['positions']:,} positions",
+                  faint=b["positions"] < FEW)
+            for x, b in zip(places, model[key], strict=True)
+        ]  # fmt: skip
+        series.append(_series(name, model, points))
+    bound = "" if found["teacher_cache"]["exact"] else ", lower bound"
+    values = [point.y for one in series for point in one.points]
+    y_axis = plots.number_axis(f"KL(teacher‖·), nats a token{bound}", values, from_zero=True)
+    rows = [
+        [_range_of(b), f"{b['positions']:,}", *(model[key][i]["forward_kl"] for _, model in models)]
+        for i, b in enumerate(models[0][1][key])
+    ]
+    data = _numbers("KL(teacher‖·), nats a token", ["", "positions", *(name for name, _ in models)], rows)
+    return figure(title, plots.line_plot(title, x_axis, y_axis, series), data)
 
-    return math.log2(value)
+
+def _range_of(one: Found) -> str:
+    return f"{one['from']:g} and more" if one["to"] is None else f"{one['from']:g} to {one['to']:g}"
 
 
 def _calibration(found: Found) -> Iterator[str]:
@@ -239,14 +249,15 @@ def _calibration(found: Found) -> Iterator[str]:
     series, rows = [], []
     for name, model in _labelled(found):
         points = [
-            Point(b["confidence"], b["accuracy"], f"{name}: {b['confidence']:.1%} sure, {b['accuracy']:.1%} right, {b['positions']:,} positions")
+            Point(b["confidence"], b["accuracy"], f"{name}: {b['confidence']:.1%} sure, {b['accuracy']:.1%} right, {b['positions']:,} positions",
+                  faint=b["positions"] < FEW)
             for b in model["calibration"]
         ]  # fmt: skip
         series.append(_series(name, model, points))
         rows += [[name, f"{b['positions']:,}", b["confidence"], b["accuracy"]] for b in model["calibration"]]
     x_axis = plots.number_axis("confidence in the first choice", [0.0, 1.0], percent=True)
-    y_axis = plots.number_axis("share right", [0.0, 1.0], percent=True)
-    plot = plots.line_plot("Reliability", x_axis, y_axis, series, diagonal="as sure as right", height=340)
+    y_axis = plots.number_axis("share right (dashed: as sure as right)", [0.0, 1.0], percent=True)
+    plot = plots.line_plot("Reliability", x_axis, y_axis, series, diagonal=True, height=340)
     data = _numbers("Bins of the confidence", ["", "positions", "confidence", "right"], rows)
     sure = [
         [escape(name), f"{m['calibration_error']:.2%}", f"{m['overconfidence']:+.2%}"] for name, m in _labelled(found)
@@ -254,7 +265,7 @@ def _calibration(found: Found) -> Iterator[str]:
     yield f'<div class="plots">{figure("Reliability", plot, data)}<div>'
     yield table("Calibration", ["", "ECE", "overconfidence"], sure)
     yield paragraph(
-        "Below the diagonal a model is too sure of itself, above it too unsure. Bins of few positions jump: the numbers say how many.",
+        "Below the diagonal a model is too sure of itself, above it too unsure. Hollow: bins of fewer than 30 positions.",
         soft=True,
     )
     yield "</div></div>"
@@ -313,7 +324,7 @@ def _strip(found: Found) -> Iterator[str]:
         "from the teacher's; touch or point at a token for what both would have said.", soft=True,
     )  # fmt: skip
     edges = [0.0, *STRIP_LEVELS]
-    names = [f"{a:g} to {b:g}" for a, b in zip(edges, edges[1:], strict=False)] + [f"{edges[-1]:g} and more"]
+    names = [f"{a:g} to {b:g}" for a, b in pairwise(edges)] + [f"{edges[-1]:g} and more"]
     keys = "".join(f'<span class="h{i}">{name}</span>' for i, name in enumerate(names))
     yield f'<p class="soft key">KL(teacher‖student), nats: {keys}</p>'
     spans = [f"<span>{escape(strip['before'])}</span>"]
@@ -323,7 +334,7 @@ def _strip(found: Found) -> Iterator[str]:
             f"“{_visible(token['text'])}”  KL {token['forward_kl']:.2f} nats, student gave it {token['probability']:.1%}\n"
             f"teacher  {_choices(token['teacher'])}\nstudent  {_choices(token['student'])}"
         )
-        text = token["text"].replace("\n", "⏎\n")
+        text = re.sub(r"\n+", lambda run: "⏎" * len(run[0]) + "\n", token["text"])
         spans.append(f'<span class="h{level}" tabindex="-1" data-said="{escape(said)}">{escape(text)}</span>')
     yield f'<div class="strip" dir="auto">{"".join(spans)}</div>'
     texts = [strip["before"], *(token["text"] for token in strip["tokens"])]

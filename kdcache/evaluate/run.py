@@ -13,12 +13,13 @@ from kdcache.cache.reader import CacheReader, open_cache
 from kdcache.config import library_versions
 from kdcache.errors import CacheMismatchError, ConfigError
 from kdcache.evaluate.generations import Prompts, answer_prompts, read_prompts, side_by_side
-from kdcache.evaluate.metrics import Metrics, TeacherStates, evaluate_loaded, evaluate_teacher, load_student
+from kdcache.evaluate.metrics import Metrics, evaluate_loaded, evaluate_teacher, load_student
 from kdcache.evaluate.options import EvaluateOptions
 from kdcache.evaluate.report import render
 from kdcache.evaluate.strip import token_strip, typical_document
 from kdcache.evaluate.summary import summarise
 from kdcache.evaluate.tasks import Tasks, find_tasks, run_tasks
+from kdcache.evaluate.teacher import TeacherStates
 from kdcache.model_files import find_model, model_digest
 from kdcache.models import (
     free_memory,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -47,27 +47,20 @@ def summarise(rows: Rows, vocab_size: int, num_resamples: int) -> dict[str, Any]
         axis=1,
     )
     sizes = rows[0][1].document_sizes
-    means = sums.sum(0) / sizes.sum()
-    resampled = resampled_means(sums, sizes, num_resamples) if len(sizes) >= FEWEST_DOCUMENTS else None
+    means = (sums.sum(0) / sizes.sum())[None]
+    if len(sizes) >= FEWEST_DOCUMENTS:
+        means = np.concatenate([means, resampled_means(sums, sizes, num_resamples)])
 
-    def value(role: str, metric: str) -> Callable[[FloatArray], FloatArray]:
+    def value(role: str, metric: str) -> FloatArray:
+        """``[1 + R]``: as measured, then of each resample."""
         first = roles.index(role) * len(MEASURED)
+        own = dict(zip(MEASURED, means[:, first : first + len(MEASURED)].T, strict=True))
+        own["perplexity"] = np.exp(np.minimum(own["cross_entropy"], 700.0))
+        own["overconfidence"] = own["confidence"] - own["accuracy"]
+        found: FloatArray = own[metric]
+        return found
 
-        def of(all_means: FloatArray) -> FloatArray:
-            own = all_means[..., first : first + len(MEASURED)]
-            if metric == "perplexity":
-                return np.exp(np.minimum(own[..., 0], 700.0))
-            if metric == "overconfidence":
-                return own[..., MEASURED.index("confidence")] - own[..., MEASURED.index("accuracy")]
-            found: FloatArray = own[..., MEASURED.index(metric)]
-            return found
-
-        return of
-
-    def told(statistic: Callable[[FloatArray], FloatArray]) -> dict[str, Any]:
-        return with_interval(statistic, means, resampled)
-
-    found: dict[str, Any] = {
+    out: dict[str, Any] = {
         "num_documents": len(sizes),
         "num_resamples": num_resamples,
         "confidence": CONFIDENCE,
@@ -75,36 +68,27 @@ def summarise(rows: Rows, vocab_size: int, num_resamples: int) -> dict[str, Any]
         "differences": {},
         "gap": None,
         "kept": {
-            metric: told(_share(value("student", metric), lambda m, c=chance: np.full(m.shape[:-1], c), value("teacher", metric)))
+            metric: with_interval(share(value("student", metric), chance, value("teacher", metric)))
             for metric, chance in (("accuracy", 1 / vocab_size), ("cross_entropy", math.log(vocab_size)))
         },
-    }  # fmt: skip
+    }
     if "baseline" in roles:
-        far_end = "full" if "full" in roles else "teacher"
-        found["differences"] = {
-            metric: told(lambda m, s=value("student", metric), b=value("baseline", metric): s(m) - b(m))
-            for metric in COMPARED
+        end = "full" if "full" in roles else "teacher"
+        out["differences"] = {
+            metric: with_interval(value("student", metric) - value("baseline", metric)) for metric in COMPARED
         }
-        found["gap"] = {
-            "far_end": far_end,
-            **{
-                metric: told(_share(value("student", metric), value("baseline", metric), value(far_end, metric)))
-                for metric in GAPS
-            },
+        out["gap"] = {"far_end": end} | {
+            metric: with_interval(share(value("student", metric), value("baseline", metric), value(end, metric)))
+            for metric in GAPS
         }
-    return found
+    return out
 
 
-def _share(
-    of: Callable[[FloatArray], FloatArray], start: Callable[[FloatArray], FloatArray], end: Callable[[FloatArray], FloatArray]
-) -> Callable[[FloatArray], FloatArray]:  # fmt: skip
-    """How far from start to end; not a number where there is no way to go."""
-
-    def share(means: FloatArray) -> FloatArray:
-        whole = end(means) - start(means)
-        return np.where(np.abs(whole) > 1e-9, (of(means) - start(means)) / whole, np.nan)
-
-    return share
+def share(of: FloatArray, start: FloatArray | float, end: FloatArray) -> FloatArray:
+    """How far ``of`` is on the way from start to end; not a number where there is no way to go."""
+    whole = end - start
+    going = np.abs(whole) > 1e-9
+    return np.where(going, (of - start) / np.where(going, whole, 1.0), np.nan)
 
 
 def _spread(seeds: Sequence[Metrics]) -> dict[str, Any] | None:

@@ -80,7 +80,6 @@ def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks:
     Raises:
         ConfigError: A task's data cannot be read.
     """
-    from lm_eval import simple_evaluate
     from datasets.exceptions import DatasetsError
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
