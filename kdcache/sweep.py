@@ -335,7 +335,7 @@ def plot(points: list[dict[str, Any]], axes: list[str], metric: str) -> str:
     ]
     series = [Series(name, some, number) for number, (name, some) in enumerate(lines.items())]
     return line_plot(
-        f"{title} over {axis}", category_axis(axis, places), number_axis(title, ends), series, width=560, height=320, standalone=True,
+        f"{title} over {axis}", category_axis(axis, places), number_axis(title, ends), series, width=620, height=330, right=220, standalone=True,
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ td.text{white-space:normal;overflow-wrap:anywhere;text-align:left;unicode-bidi:i
 figure{margin:10px 0;min-width:0}figcaption{font-weight:600;margin-bottom:2px}svg.plot{width:100%;height:auto;display:block}
 details{margin:6px 0}summary{cursor:pointer;color:var(--soft);font-size:13.5px}
 .said{white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate;margin:0}
-.answers{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,210px),1fr));gap:8px;margin:6px 0 20px}
+.answers{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,210px),1fr));gap:8px;margin:6px 0 20px;align-items:start}
 .answer{background:var(--tint);padding:8px 10px;border-radius:6px;min-width:0;font-size:14px}.answer h4{margin:0 0 4px;font-size:13px;color:var(--soft)}
 .prompt{border-left:3px solid var(--line);padding-left:10px}
 .strip{font:15px/2 ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate}

@@ -58,7 +58,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Points joined by a line; without ``marks`` the line alone. ``colour`` is an index, as STUDENT."""
+    """Points joined by a line, named where it ends; without ``marks`` the line alone. ``colour`` is an index, as STUDENT."""
 
     name: str
     points: Sequence[Point]
@@ -113,6 +113,7 @@ def line_plot(
     diagonal: bool = False,
     width: int = 420,
     height: int = 270,
+    right: int = RIGHT,
     standalone: bool = False,
 ) -> str:
     """An SVG of lines over two axes, each named at its end.
@@ -125,9 +126,10 @@ def line_plot(
         diagonal: Whether there is a dashed line from corner to corner.
         width: Of the drawing, in its own units, at which text is 11 high.
         height: Likewise.
+        right: Room for the names of lines, which are cut to it.
         standalone: Whether the SVG is a file of its own, and so carries its style.
     """
-    right, bottom = width - RIGHT, height - BOTTOM
+    names, right, bottom = (right - 8) // 6, width - right, height - BOTTOM
 
     def x(value: float) -> float:
         return LEFT + (value - x_axis.low) * (right - LEFT) / (x_axis.high - x_axis.low)
@@ -162,21 +164,21 @@ def line_plot(
             )
     line_ends = []
     everything = [(x(point.x), y(point.y)) for one in series for point in one.points]
-    for one in filter(lambda one: one.points, series):
+    for one in filter(lambda one: one.points and one.name, series):
         last = next((point for point in reversed(one.points) if not point.faint), one.points[-1])
         # Beside the last point of the line, and of what else is as high as it.
         line_ends.append((one, max(at for at, height_ in everything if abs(height_ - y(last.y)) < 2 * FONT), y(last.y)))
-    out += _end_labels(line_ends, height)
+    out += _end_labels(line_ends, height, names)
     return "\n".join(filter(None, [*out, "</svg>"])) + "\n"
 
 
-def _end_labels(ends: list[tuple[Series, float, float]], height: int) -> list[str]:
+def _end_labels(ends: list[tuple[Series, float, float]], height: int, longest: int) -> list[str]:
     """A name where each line ends, moved down where the one above needs the room."""
     out, free = [], float(TOP - 8)
     overflow = max(0.0, len(ends) * (FONT + 3) + TOP - height)
     for one, x, y in sorted(ends, key=lambda end: end[2]):
         free = max(y + 4, free + (FONT + 3) - overflow / len(ends))
-        name = one.name if len(one.name) <= 16 else one.name[:15] + "…"
+        name = one.name if len(one.name) <= longest else one.name[: longest - 1] + "…"
         out.append(
             f'<text class="k{one.colour % len(LIGHT)}" x="{x + 7:.1f}" y="{free:.1f}">{escape(name)}<title>{escape(one.name)}</title></text>'
         )

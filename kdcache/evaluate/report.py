@@ -93,7 +93,7 @@ def _head(found: Found, student: Found) -> Iterator[str]:
 
 
 def _percent_of(value: float) -> str:
-    return f"{value:.1%}"
+    return f"{value:.1%}".replace("-", "−")
 
 
 def _percent(share: Found) -> str:
@@ -129,7 +129,7 @@ def _metrics(found: Found) -> Iterator[str]:
             under = (
                 f'<span class="range">± {shape.format(spread["deviation"][key]).lstrip("+")}</span>' if spread else ""
             )
-            cells.append(escape(cell) + under)
+            cells.append(escape(cell.replace("-", "−")) + under)
         if told := summary["differences"].get(key):
             cells.append(_with_range(told, partial(_signed, shape)))
         elif summary["differences"]:
@@ -272,34 +272,34 @@ def _calibration(found: Found) -> Iterator[str]:
 
 
 def _training(found: Found) -> Iterator[str]:
-    figures = []
-    for key, title in (("loss", "Loss, each model's own"), ("cross_entropy", "Cross-entropy of the labels")):
-        series = []
-        for name, model in _students(found):
-            curves = model.get("curves") or {}
-            label = _objective(name, model) if key == "loss" else name
-            if len(curves.get(key, ())) > 1:
-                series.append(_series(label, model, [Point(x, y, "") for x, y in curves[key]], marks=False))
-            if held := curves.get(f"eval_{key}"):
-                points = [Point(x, y, f"{name}, step {x:,}: {y:.4f} held out") for x, y in held]
-                series.append(_series(f"{name}, held out", model, points))
-        if series:
-            every = [p for one in series for p in one.points]
-            x_axis = plots.number_axis("step", [0.0, max(p.x for p in every)])
-            plot = plots.line_plot(title, x_axis, plots.number_axis("nats a token", [p.y for p in every]), series)
-            rows = [[one.name, f"{p.x:,}", p.y] for one in series for p in one.points]
-            figures.append(figure(title, plot, _numbers(title, ["", "step", "nats"], rows)))
-    if figures:
+    figures = [
+        _curves(found, "loss", "Loss, each model's own"),
+        _curves(found, "cross_entropy", "Cross-entropy of the labels"),
+    ]
+    if any(figures):
         yield f'<h2>Training</h2>\n<div class="plots">{"".join(figures)}</div>'
+        own = ", ".join(f"{name} {model['alpha']}" for name, model in _students(found) if "alpha" in model)
         yield paragraph(
-            "Losses of other objectives are not comparable with each other; cross-entropies are.", soft=True
-        )
+            f"Circles: held-out text. Losses of other objectives are not comparable with each other, cross-entropies are. Weight of the teacher "
+            f"(alpha): {own or 'not known'}.", soft=True,
+        )  # fmt: skip
 
 
-def _objective(name: str, model: Found) -> str:
-    if "alpha" not in model:
-        return name
-    return f"{name}, alpha {model['alpha']}"
+def _curves(found: Found, key: str, title: str) -> str:
+    series, rows = [], list[list[Any]]()
+    for name, model in _students(found):
+        curves = model.get("curves") or {}
+        logged, held = curves.get(key, []), curves.get(f"eval_{key}", [])
+        series.append(_series(name, model, [Point(x, y, "") for x, y in logged], marks=False))
+        series.append(_series("", model, [Point(x, y, f"{name}, step {x:,}: {y:.4f} held out") for x, y in held]))
+        rows += [[name, f"{x:,}", y] for x, y in logged] + [[f"{name}, held out", f"{x:,}", y] for x, y in held]
+    series = [one for one in series if one.points]
+    if not series:
+        return ""
+    every = [point for one in series for point in one.points]
+    x_axis = plots.number_axis("step", [0.0, max(point.x for point in every)])
+    plot = plots.line_plot(title, x_axis, plots.number_axis("nats a token", [point.y for point in every]), series)
+    return figure(title, plot, _numbers(title, ["", "step", "nats"], rows))
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -370,7 +370,6 @@ def _generations(found: Found) -> Iterator[str]:
     if "generations" not in found:
         return
     said = found["generations"]
-    order = [role for role in NAMES if role in said["means"]]
     order = [role for role in ("teacher", "student", "baseline", "full") if role in order]
     kinds = {
         "rouge_l_reference": "ROUGE-L to reference",
@@ -401,6 +400,8 @@ def _generations(found: Found) -> Iterator[str]:
 
 
 def _answer(name: str, text: str, scores: str) -> str:
+    # A model that ends in line breaks must not push everything else off the page.
+    text = re.sub(r"\n{3,}", lambda run: f"\n⏎ × {len(run[0])}\n", text.lstrip(" "))
     note = f'<p class="soft">ROUGE-L {escape(scores)}</p>' if scores else ""
     return f'<div class="answer"><h4>{escape(name)}</h4><p class="said" dir="auto">{escape(text) or "(nothing)"}</p>{note}</div>'
 

@@ -92,12 +92,13 @@ def share(of: FloatArray, start: FloatArray | float, end: FloatArray) -> FloatAr
 
 
 def _spread(seeds: Sequence[Metrics]) -> dict[str, Any] | None:
-    """Mean and standard deviation over seeds, where there are several."""
+    """Mean and standard deviation over seeds, where there are several; of perplexity the geometric mean."""
     if len(seeds) < 2:
         return None
     values = {metric: [float(getattr(one, metric)) for one in seeds] for metric in SPREAD}
+    mean = {metric: statistics.fmean(some) for metric, some in values.items()}
     return {
         "seeds": len(seeds),
-        "mean": {metric: statistics.fmean(some) for metric, some in values.items()},
+        "mean": mean | {"perplexity": math.exp(min(mean["cross_entropy"], 700.0))},
         "deviation": {metric: statistics.stdev(some) for metric, some in values.items()},
     }
