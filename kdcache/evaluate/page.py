@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from kdcache.evaluate.plots import STYLE, escape
 
+# Roles, as they are called on the page.
+NAMES = {"student": "student", "baseline": "baseline", "full": "full student", "teacher": "teacher"}
 # Nothing is fetched and nothing runs, whatever a corpus holds.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 CSS = """

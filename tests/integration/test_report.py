@@ -26,7 +26,7 @@ FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory, tiny_teacher, tiny_student, corpus_file):
-    """Caches, two seeds of a student, and a baseline."""
+    """Caches, a student and a baseline."""
     root = tmp_path_factory.mktemp("report <b>")
     common = ["dump-teacher", "--teacher", tiny_teacher, "--dataset", corpus_file, "--seq-len", 64]
     cli(*common, "--output", root / "held", "--split", "train[60%:]", "--targets", "hidden")
@@ -36,9 +36,8 @@ def root(tmp_path_factory, tiny_teacher, tiny_student, corpus_file):
                 "--config", root / "run.yaml"]  # fmt: skip
     (root / "run.yaml").write_text("train-student: {logging_steps: 2, per_device_train_batch_size: 4}\n")
     cli(*training, "--output", root / "kd", "--eval-cache", root / "held")
-    cli(*training, "--output", root / "kd-1", "--seed", 1)
+    shutil.copytree(tiny_student, root / "kd-1")  # stands for another seed
     cli(*training, "--output", root / "ce", "--alpha", 0)
-    shutil.copytree(tiny_student, root / "plain")
     rows = [
         {"prompt": HOSTILE, "completion": "sat on <a mat>"},
         {"prompt": "rain fell from", "completion": "heavy clouds"},
@@ -50,7 +49,7 @@ def root(tmp_path_factory, tiny_teacher, tiny_student, corpus_file):
 @pytest.fixture(scope="module")
 def found(root, tiny_teacher):
     out = cli(
-        "evaluate", "--student", root / "kd", "--student", root / "kd-1", "--baseline", root / "ce", "--full", root / "plain", "--teacher-cache", root / "held", "--report", root / "report.html", "--prompts", root / "prompts.jsonl", "--teacher", tiny_teacher, "--max-new-tokens", 8,
+        "evaluate", "--student", root / "kd", "--student", root / "kd-1", "--baseline", root / "ce", "--full", tiny_teacher, "--teacher-cache", root / "held", "--report", root / "report.html", "--prompts", root / "prompts.jsonl", "--teacher", tiny_teacher, "--max-new-tokens", 8,
         "--num-resamples", 200, "--json",
     )  # fmt: skip
     return json.loads(out.stdout)
