@@ -182,6 +182,15 @@ class quiet_progress:
             hf_logging.enable_progress_bar()
 
 
+def answer_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
+    """Tokens that end an answer, as generation config and tokenizer have them, and the token that fills up shorter rows."""
+    told = None if model.generation_config is None else model.generation_config.eos_token_id
+    end_ids = {told} if isinstance(told, int) else set(told or ())
+    end_ids |= {tokenizer.eos_token_id} - {None}
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(end_ids, default=0)
+    return sorted(end_ids), pad_id
+
+
 # --- tokenizer --------------------------------------------------------------------------------------------------------
 
 

@@ -27,6 +27,7 @@ from kdcache.cache.reader import open_cache
 from kdcache.cache.transcode import TranscodeOptions, transcode
 from kdcache.config import Options, check_options
 from kdcache.errors import ConfigError, KDCacheError
+from kdcache.evaluate.plots import Point, Series, category_axis, line_plot, number_axis
 from kdcache.progress import Progress
 from kdcache.train.options import TrainOptions
 from kdcache.train.run import RESULTS, train
@@ -200,7 +201,7 @@ def evaluate_one(student: Student, teacher_cache: str | None) -> str | None:
         file.is_file() and json.loads(file.read_text())["teacher_cache"]["path"] == teacher_cache
     ):
         return None
-    options = EvaluateOptions(student=str(student.folder), teacher_cache=teacher_cache, output=str(file))
+    options = EvaluateOptions(student=(str(student.folder),), teacher_cache=teacher_cache, output=str(file))
     return _without_ending(lambda: evaluate(options))
 
 
@@ -318,65 +319,25 @@ def _spelled(value: Any) -> str:
     return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 720, 400, 70, 50, 40, 200
-COLOURS = ("#2a6fdb", "#d9622b", "#2f9e6e", "#b0419c", "#8a6d1f", "#5b5bd6", "#c23b4b", "#3f8fa6")
-
-
 def plot(points: list[dict[str, Any]], axes: list[str], metric: str) -> str:
     """An SVG: the metric over the first option that varies, a line for each combination of the others, spread over seeds as bars."""
-    from xml.sax.saxutils import escape
-
     axis = next((name for name in axes if len({json.dumps(one["point"][name]) for one in points}) > 1), axes[0])
-    places = list(
-        dict.fromkeys(_spelled(one["point"][axis]) for one in sorted(points, key=lambda p: _order(p["point"][axis])))
-    )
-    lines: dict[str, dict[str, dict[str, Any]]] = {}
-    for one in points:
+    ordered = sorted(points, key=lambda one: _order(one["point"][axis]))
+    places = list(dict.fromkeys(_spelled(one["point"][axis]) for one in ordered))
+    lines: dict[str, list[Point]] = {}
+    for one in ordered:
         name = ", ".join(f"{key} {_spelled(value)}" for key, value in one["point"].items() if key != axis)
-        lines.setdefault(name, {})[_spelled(one["point"][axis])] = one
-    lows: list[float] = [one["mean"][metric] - one["deviation"][metric] for one in points]
-    highs: list[float] = [one["mean"][metric] + one["deviation"][metric] for one in points]
-    low, high = min(lows), max(highs)
-    pad = (high - low) * 0.08 or abs(high) * 0.05 or 1.0
-    low, high = low - pad, high + pad
-
-    def x(place: str) -> float:
-        return LEFT + (places.index(place) + 0.5) * (WIDTH - LEFT - RIGHT) / len(places)
-
-    def y(value: float) -> float:
-        return TOP + (high - value) * (HEIGHT - TOP - BOTTOM) / (high - low)
-
-    out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" font-family="system-ui, sans-serif" font-size="13">',
-        f"<title>{escape(metric)} over {escape(axis)}</title>",
-        "<style>text{fill:#222}.grid{stroke:#ccc}@media(prefers-color-scheme:dark){text{fill:#ddd}.grid{stroke:#444}}</style>",
-        f'<text x="{LEFT}" y="22" font-weight="600">{escape(metric.replace("_", " "))}</text>',
+        mean, spread = one["mean"][metric], one["deviation"][metric]
+        place = places.index(_spelled(one["point"][axis]))
+        lines.setdefault(name, []).append(Point(place, mean, f"{mean:.4g} ± {spread:.2g}", spread))
+    title = metric.replace("_", " ")
+    ends = [
+        end for some in lines.values() for point in some for end in (point.y - point.spread, point.y + point.spread)
     ]
-    for step in range(5):
-        value = low + (high - low) * step / 4
-        out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
-        out.append(f'<text x="{LEFT - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.3g}</text>')
-    for place in places:
-        out.append(f'<text x="{x(place):.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{escape(place)}</text>')
-    out.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 10}" text-anchor="middle">{escape(axis)}</text>')
-    for number, (name, line) in enumerate(lines.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        known = [place for place in places if place in line]
-        path = " ".join(f"{x(place):.1f},{y(line[place]['mean'][metric]):.1f}" for place in known)
-        out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        for place in known:
-            mean, spread = line[place]["mean"][metric], line[place]["deviation"][metric]
-            out.append(
-                f'<line x1="{x(place):.1f}" x2="{x(place):.1f}" y1="{y(mean - spread):.1f}" y2="{y(mean + spread):.1f}" stroke="{colour}"/>'
-            )
-            out.append(
-                f'<circle cx="{x(place):.1f}" cy="{y(mean):.1f}" r="4" fill="{colour}"><title>{mean:.4g} ± {spread:.2g}</title></circle>'
-            )
-        if name:
-            height = TOP + 10 + 20 * number
-            out.append(f'<circle cx="{WIDTH - RIGHT + 20}" cy="{height}" r="4" fill="{colour}"/>')
-            out.append(f'<text x="{WIDTH - RIGHT + 30}" y="{height + 4}">{escape(name)}</text>')
-    return "\n".join([*out, "</svg>"]) + "\n"
+    series = [Series(name, some, number) for number, (name, some) in enumerate(lines.items())]
+    return line_plot(
+        f"{title} over {axis}", category_axis(axis, places), number_axis(title, ends), series, width=620, height=330, right=220, standalone=True,
+    )  # fmt: skip
 
 
 def _order(value: Any) -> tuple[int, float, str]:

@@ -34,11 +34,15 @@ COLUMNS = (
     ("parameters", "num_parameters", "{:,}"),
     ("train tokens/s", "tokens_per_second", "{:,.0f}"),
 )
+BOUNDS = {"forward_kl": "KL(teacher‖·) ≥", "reverse_kl": "KL(·‖teacher) ≥", "acceptance_rate": "acceptance ≤"}
 
 
 def table(report: dict[str, Any]) -> str:
     """The models side by side, then what the phases cost."""
-    rows = [["", *(title for title, _, _ in COLUMNS)]]
+    columns = (
+        COLUMNS if report["teacher_cache"]["exact"] else [(BOUNDS.get(key, title), key, s) for title, key, s in COLUMNS]
+    )
+    rows = [["", *(title for title, _, _ in columns)]]
     for model in report["models"]:
         label = model["role"]
         if "alpha" in model:
@@ -48,12 +52,27 @@ def table(report: dict[str, Any]) -> str:
                 else f" (alpha {_short(model['alpha'])}, T {_short(model['temperature'])})"
             )
         rows.append([label, *(shape.format(model[key]) if key in model else "-" for _, key, shape in COLUMNS)])
+    for role, spread in report["summary"]["spread"].items():
+        for which in ("mean", "deviation"):
+            values = spread[which]
+            cells = (shape.format(values[key]) if key in values else "-" for _, key, shape in COLUMNS)
+            rows.append([f"{role}, {which} of {spread['seeds']}", *cells])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
              for row in rows]  # fmt: skip
     lines.insert(1, "  ".join("-" * width for width in widths))
     number = report["teacher_cache"]["num_targets"]
     lines.append(f"\n{number:,} held-out positions, full vocabulary; KL in nats a token")
+    if not report["teacher_cache"]["exact"]:
+        lines.append(
+            f"KL is a lower bound, acceptance an upper one: the cache holds {report['teacher_cache']['targets']} targets; "
+            "one made with --targets hidden is exact"
+        )
+    gap = report["summary"]["gap"]
+    if gap and gap["cross_entropy"]["value"] is not None:
+        share = gap["cross_entropy"]
+        known = "" if share["low"] is None else f" (95 %: {share['low']:.1%} to {share['high']:.1%})"
+        lines.append(f"share of the cross-entropy gap from baseline to {gap['far_end']}: {share['value']:.1%}{known}")
     phases = dict(report["phases"])
     if "bytes_per_token" in phases:
         lines.append(

@@ -38,7 +38,7 @@ def _flag(name: str, field: FieldInfo) -> Callable[[CommandT], CommandT]:
     text = field.description or ""
     if field.is_required():
         text += "  [required]"
-    elif not (field.default in (None, "") or kind in (dict, list)):
+    elif not (field.default in (None, "", ()) or kind in (dict, list)):
         text += f"  [default: {_shown(field.default)}]"
     key = field.alias or name
     if kind is bool:
@@ -47,16 +47,11 @@ def _flag(name: str, field: FieldInfo) -> Callable[[CommandT], CommandT]:
         return click.option(f"--{label}", _safe(key), type=click.Choice(get_args(kind)), default=None, help=text)
     if field.annotation == get_args(WeightedPaths)[0]:
         return click.option(
-            f"--{label}",
-            _safe(key),
-            multiple=True,
-            metavar=field.title or "CACHE[:WEIGHT]",
-            callback=_as_list,
-            help=text,
-        )
-    if kind is list:
+            f"--{label}", _safe(key), multiple=True, metavar=field.title or "CACHE[:WEIGHT]", callback=_as_list, help=text
+        )  # fmt: skip
+    if kind is list or field.annotation == tuple[str, ...]:
         return click.option(
-            f"--{label}", _safe(key), multiple=True, metavar=field.title or "CACHE", callback=_as_list, help=text
+            f"--{label}", _safe(key), multiple=True, metavar=field.title or "NAME", callback=_as_list, help=text
         )
     if kind is dict:
         return click.option(f"--{label}", _safe(key), multiple=True, metavar="FIELD=VALUE", help=text)

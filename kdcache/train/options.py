@@ -92,6 +92,7 @@ class TrainOptions(Options):
         Paths,
         Field(
             default_factory=list,
+            title="CACHE",
             description="Cache of text that the student wrote, for --loss contrastive (--cache has the teacher's) and minillm (--cache has real "
             "text). Can be given again.",
         ),
@@ -100,6 +101,7 @@ class TrainOptions(Options):
         Paths,
         Field(
             default_factory=list,
+            title="CACHE",
             description="Cache that generate made with the student as the model: with which probability it wrote its text. Needed by minillm; "
             "otherwise it tells how stale rollouts are. Can be given again.",
         ),

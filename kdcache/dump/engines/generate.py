@@ -21,6 +21,7 @@ import torch
 from kdcache.dump.draw import position_uniforms
 from kdcache.dump.engines.transformers import TransformersEngine
 from kdcache.dump.select import Selected, select
+from kdcache.models import answer_ends
 from kdcache.specs import DRAWN, GenerationSpec, TargetSpec
 from kdcache.targets import SparseTargets, TokenSequence
 
@@ -143,13 +144,9 @@ def answering_engine(
     """A teacher that stops where its generation config, or its tokenizer, says that an answer ends."""
     from transformers import GenerationConfig
 
-    told = engine.model.generation_config
-    ends = None if told is None else told.eos_token_id
-    end_ids = {ends} if isinstance(ends, int) else set(ends or ())
-    end_ids |= {tokenizer.eos_token_id} - {None}
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(end_ids, default=0)
+    end_ids, pad_id = answer_ends(engine.model, tokenizer)
     engine.model.generation_config = GenerationConfig()  # what it says of sampling does not count
-    return AnsweringEngine(engine, generation, sorted(end_ids), pad_id)
+    return AnsweringEngine(engine, generation, end_ids, pad_id)
 
 
 @dataclass(slots=True)

@@ -1,0 +1,100 @@
+"""What is measured at a position, over tokens and over entries with a tail."""
+
+import numpy as np
+import pytest
+import torch
+
+from kdcache.evaluate.generations import repetition, rouge_l
+from kdcache.evaluate.metrics import MEASURED, position_values, teacher_values
+from kdcache.evaluate.teacher import Buckets
+
+
+def logprobs(*shape, seed=0):
+    return torch.log_softmax(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2, 1)  # fmt: skip
+
+
+def kept(teacher, sizes):
+    """Entries and tail of the most probable tokens, a number of them at each position."""
+    width = max(sizes)
+    used = torch.arange(width) < torch.tensor(sizes)[:, None]
+    values, ids = teacher.topk(width)
+    ids = torch.where(used, ids, ids[:, :1])
+    tail = torch.where(teacher.scatter(1, ids, -torch.inf) > -torch.inf, teacher, -torch.inf).logsumexp(1, keepdim=True)
+    return Buckets(torch.cat([values.masked_fill(~used, -torch.inf), tail], 1), ids, used)
+
+
+def named(values):
+    return dict(zip(MEASURED, values.T.double().numpy(), strict=True))
+
+
+def test_over_tokens_against_torch():
+    teacher, model, labels = logprobs(6, 11), logprobs(6, 11, seed=1), torch.arange(6)
+    found = named(position_values(Buckets(teacher), model, labels))
+    kl = torch.nn.functional.kl_div
+    assert found["forward_kl"] == pytest.approx(kl(model, teacher, reduction="none", log_target=True).sum(1).numpy())
+    assert found["reverse_kl"] == pytest.approx(kl(teacher, model, reduction="none", log_target=True).sum(1).numpy())
+    assert found["acceptance_rate"] == pytest.approx(1 - (teacher.exp() - model.exp()).abs().sum(1).numpy() / 2)
+    assert found["cross_entropy"] == pytest.approx(-model[range(6), labels].numpy())
+
+
+def test_entries_and_tail_are_a_bound_and_exact_at_the_whole_vocabulary():
+    teacher, model, labels = logprobs(6, 11), logprobs(6, 11, seed=1), torch.arange(6)
+    exact = named(position_values(Buckets(teacher), model, labels))
+    some = named(position_values(kept(teacher, [3, 5, 1, 4, 2, 5]), model, labels))
+    every = named(position_values(kept(teacher, [11] * 6), model, labels))
+    for name in MEASURED:
+        assert every[name] == pytest.approx(exact[name]), name
+    assert (some["forward_kl"] < exact["forward_kl"]).all()
+    assert (some["reverse_kl"] < exact["reverse_kl"]).all()
+    assert (some["acceptance_rate"] >= exact["acceptance_rate"] - 1e-12).all()
+    for name in ("cross_entropy", "top1_agreement", "accuracy", "confidence"):
+        assert some[name] == pytest.approx(exact[name]), name
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_a_teacher_is_at_no_distance_from_itself(few):
+    teacher, labels = logprobs(6, 11), torch.arange(6)
+    buckets = kept(teacher, [3] * 6) if few else Buckets(teacher)
+    found = named(teacher_values(buckets, labels, teacher[range(6), labels]))
+    assert (found["forward_kl"] == 0).all() and (found["top1_agreement"] == 1).all()
+    assert found["cross_entropy"] == pytest.approx(-teacher[range(6), labels].numpy())
+    assert found["confidence"] == pytest.approx(teacher.max(1).values.exp().numpy())
+
+
+# Scores of rouge_score 0.1.2, RougeScorer(["rougeL"]), without its stemmer.
+PAIRS = [
+    ("the cat sat on the mat", "the cat sat on the mat", 1.0),
+    ("The cat, sat!", "the CAT sat", 1.0),
+    ("police killed the gunman", "police kill the gunman", 0.75),
+    ("the gunman kill police", "police kill the gunman", 0.5),
+    ("a b c d e f", "a x c y e z w v", 6 / 14),
+    ("nothing in common", "other words here", 0.0),
+    ("", "words", 0.0),
+    ("the the the the", "the cat", 1 / 3),
+]
+
+
+@pytest.mark.parametrize(("answer", "reference", "wanted"), PAIRS)
+def test_rouge_l(answer, reference, wanted):
+    assert rouge_l(answer, reference) == pytest.approx(wanted)
+    assert rouge_l(reference, answer) == pytest.approx(wanted)
+
+
+def test_rouge_l_reads_other_scripts():
+    assert rouge_l("кошка сидит дома", "Кошка спит дома") == pytest.approx(2 / 3)
+
+
+def test_rouge_l_against_every_subsequence():
+    import itertools
+
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        a, b = (list(rng.choice(list("abcd"), size=int(rng.integers(1, 8)))) for _ in range(2))
+        subsequences = {c for n in range(len(a) + 1) for c in itertools.combinations(a, n)}
+        longest = max(n for n in range(len(b) + 1) if subsequences & set(itertools.combinations(b, n)))
+        assert rouge_l(" ".join(a), " ".join(b)) == pytest.approx(2 * longest / (len(a) + len(b)))
+
+
+def test_repetition():
+    assert repetition("a b c d a b c d") == pytest.approx(1 / 5)
+    assert repetition("a b") == 0
