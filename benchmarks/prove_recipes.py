@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import results_file
 from benchmarks.prove_students import init_students
 
-PROMPT_WORDS, NEW_TOKENS, ROUNDS = 12, 64, 4
+PROMPT_WORDS, NEW_TOKENS, ROUNDS = 12, 112, 4
 NOISE = 0.02  # of the second teacher's weights, relative to each matrix's own spread
 
 
@@ -287,6 +287,11 @@ def report(root: Path, args: argparse.Namespace) -> None:
     parts = []
     for experiment in args.only:
         title, variants, columns = EXPERIMENTS[experiment]
+        whole = [
+            s for s in range(args.seeds) if all(result_file(root, experiment, name, s).exists() for name in variants)
+        ]
+        if not whole:
+            continue
         found = {
             name: [json.loads(result_file(root, experiment, name, seed).read_text()) for seed in range(args.seeds)]
             for name in variants
@@ -294,23 +299,31 @@ def report(root: Path, args: argparse.Namespace) -> None:
         first = next(iter(variants))
         stale = any("staleness" in one for runs in found.values() for one in runs)
         header = ["", *(label for _, _, label in columns), *(["staleness"] if stale else [])]
-        lines = [f"**{experiment}**, {title}", "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+        lines = [
+            f"**{experiment}**, {title}; {len(whole)} seeds",
+            "",
+            "| " + " | ".join(header) + " |",
+            "|" + "---|" * len(header),
+        ]
         for name, runs in found.items():
             cells = [shown(runs, found[first], place, metric, name == first) for place, metric, _ in columns]
             if stale:
-                cells.append(
-                    f"{statistics.mean(one['staleness'] for one in runs):.3f}" if "staleness" in runs[0] else ""
-                )
+                cells.append(stale_cell(runs))
             lines.append("| " + " | ".join([name, *cells]) + " |")
         parts.append("\n".join(lines))
     about = (
         f"SmolLM2-135M-Instruct to students of 14 M parameters, {args.prompts} prompts: {args.base_steps} steps on real text first, then {args.steps} steps of "
         f"{args.batch} sequences for each variant, learning rate {args.rate:g}, {'bfloat16 autocast' if args.bf16 else 'float32'}, "
-        f"{args.seeds} seeds. Mean ± standard deviation; KL and NLL in nats a token, over the full vocabulary; ▲ or ▼ where all seeds are above or below "
+        f"from {results_file.spelled(args.dataset)}. Mean ± standard deviation; KL and NLL in nats a token, over the full vocabulary; ▲ or ▼ where all seeds are above or below "
         "the first line of the table, = where they are not all on one side. Staleness: log-probability that rollouts had when they were "
         "written minus that of the student in training, nats a token, in the last steps.\n\n"
     )
     results_file.write_text("prove_recipes", "Recipes in small", about + "\n\n".join(parts) + "\n")
+
+
+def stale_cell(runs: list[dict[str, Any]]) -> str:
+    values = [one["staleness"] for one in runs if "staleness" in one]
+    return f"{statistics.mean(values):.3f}" if values else ""
 
 
 def shown(runs: list[dict[str, Any]], first: list[dict[str, Any]], place: str, metric: str, is_first: bool) -> str:
@@ -339,12 +352,15 @@ def main() -> None:
     parser.add_argument(
         "--only", type=lambda text: text.split(","), default=list(EXPERIMENTS), help="experiments, separated by commas"
     )
+    parser.add_argument("--report", action="store_true", help="only write down what --root has")
     parser.add_argument("--root", help="keep caches and students here, and go on from what is there")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(args.root or temporary)
         root.mkdir(exist_ok=True)
         args.root = str(root)
+        if args.report:
+            return report(root, args)
         make_caches(root, args)
         init_students(root, args.teacher, args.seeds)
         names = [(e, name, seed) for seed in range(args.seeds) for e in args.only for name in EXPERIMENTS[e][1]]
