@@ -293,7 +293,7 @@ def report(root: Path, args: argparse.Namespace) -> None:
         if not whole:
             continue
         found = {
-            name: [json.loads(result_file(root, experiment, name, seed).read_text()) for seed in range(args.seeds)]
+            name: [json.loads(result_file(root, experiment, name, seed).read_text()) for seed in whole]
             for name in variants
         }
         first = next(iter(variants))
