@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: help setup demo test check lint typecheck bench prove prove-crash prove-corruption prove-online-offline prove-estimators prove-families \
-	prove-hostile prove-faults prove-writers prove-outage prove-students prove-init prove-defaults prove-gradients prove-controls prove-cost prove-english test-oldest test-gpu clean
+	prove-hostile prove-faults prove-writers prove-outage prove-students prove-init prove-defaults prove-recipes prove-gradients prove-controls prove-cost prove-english test-oldest test-gpu clean
 
 help:
 	@echo "make demo | test | check | lint | typecheck | bench | test-oldest | test-gpu | prove-NAME | clean"

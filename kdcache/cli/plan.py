@@ -41,7 +41,10 @@ def command(config: str | None, as_json: bool, **flags: Any) -> None:
     """  # noqa: D301 - click's mark for lines to leave alone
     values = given(flags)
     if config is not None:
-        base = read_section(config, "dump-teacher") | read_section(config, "plan")
+        dumped, planned = read_section(config, "dump-teacher"), read_section(config, "plan")
+        if values.get("teacher_config") or planned.get("teacher_config"):
+            dumped = {name: value for name, value in dumped.items() if name not in ("teacher", "dataset")}
+        base = dumped | planned
         values = base | {name: value for name, value in values.items() if value is not None}
     options = resolve_options(PlanOptions, "plan", values, None)
     if options.teacher_config is not None:

@@ -1,0 +1,111 @@
+"""Every pipeline, at reduced size and with tiny models: the commands of its run.sh, one after the other, in this process."""
+
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from kdcache.cli import main
+
+PIPELINES = Path(__file__).parents[2] / "pipelines"
+NAMES = sorted(folder.parent.name for folder in PIPELINES.glob("*/run.sh"))
+SMALL = {"max_steps": 2, "warmup_steps": 0, "bf16": False, "per_device_train_batch_size": 2}
+# A stand-in that writes down what it was asked for: the commands of a run depend on nothing that they do.
+RECORDER = '#!/usr/bin/env bash\nprintf "%s\\0" "$@" >> "$COMMANDS"\nprintf "\\n" >> "$COMMANDS"\n'
+
+
+def commands(folder: Path, output: Path, tmp_path: Path) -> list[list[str]]:
+    """What ``run.sh`` asks of kdcache, in order."""
+    recorder, log = tmp_path / "bin" / "kdcache", tmp_path / "commands"
+    recorder.parent.mkdir()
+    recorder.write_text(RECORDER)
+    recorder.chmod(recorder.stat().st_mode | stat.S_IEXEC)
+    environment = os.environ | {"PATH": f"{recorder.parent}:{os.environ['PATH']}", "COMMANDS": str(log), "SMALL": "1"}
+    subprocess.run(["bash", str(folder / "run.sh"), str(output)], check=True, env=environment, capture_output=True)
+    return [line.split("\0")[:-1] for line in log.read_text().split("\n") if line]
+
+
+def tiny(folder: Path, teacher: str, dataset: str) -> None:
+    """The same story about a tiny teacher."""
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    for section in config.values():
+        for name, value in {"teacher": teacher, "from": teacher, "dataset": dataset}.items():
+            if name in section:
+                section[name] = value
+        section.update({"dtype": "float32"} if "dtype" in section else {})
+        section.update({"seq_len": 96} if "seq_len" in section else {})
+        section.update({"max_new_tokens": 8, "chat": False} if "max_new_tokens" in section else {})
+    if "shape" in config.get("init-student", {}):
+        config["init-student"]["shape"] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+                                           "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+    config.get("train-student", {}).update(SMALL)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "llama_70b_to_8b"])
+def test_every_command_runs(name, tmp_path, tiny_teacher, corpus_file, monkeypatch):
+    folder, output = tmp_path / "pipelines" / name, tmp_path / "output"
+    shutil.copytree(PIPELINES / name, folder)
+    shutil.copy(PIPELINES / "prompts.jsonl", folder.parent)
+    rows = [line for line in Path(corpus_file).read_text().splitlines() if line]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows * (1 + 60 // len(rows))) + "\n")
+    tiny(folder, tiny_teacher, str(tmp_path / "rows.jsonl"))
+    asked = commands(folder, output, tmp_path)
+    monkeypatch.chdir(output)
+    for arguments in asked:
+        arguments = [
+            "--layers" if a == "--layers" else "1" if before == "--layers" else a
+            for before, a in zip(["", *arguments], arguments, strict=False)
+        ]
+        done = CliRunner().invoke(main, arguments)
+        assert done.exit_code == 0, f"kdcache {' '.join(arguments)}\n{done.output}"
+    # Again: what is done stays done, so that a story that was cut off can be told once more.
+    again = CliRunner().invoke(main, asked[1] if asked[0][0] in ("plan", "init-student") else asked[0])
+    assert "all done" in again.output
+
+
+def test_the_70b_story_is_planned_without_weights(tmp_path, monkeypatch):
+    output = tmp_path / "output"
+    (asked, *others) = commands(PIPELINES / "llama_70b_to_8b", output, tmp_path)
+    assert others == [], "without LAUNCH nothing but the plan"
+    monkeypatch.chdir(output)
+    done = CliRunner().invoke(main, [*asked, "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.dumps(json.loads(done.output))
+    assert "70553706496" in found
+    assert "8030261248" in found
+
+
+@pytest.mark.parametrize("launch", ["torchrun", "srun"])
+def test_the_70b_story_launches(launch, tmp_path):
+    """Both variants, with stand-ins for the launchers: every part of the story is asked for."""
+    log = tmp_path / "log"
+    (tmp_path / "bin").mkdir()
+    for tool in ("kdcache", "torchrun", "srun"):
+        stand_in = tmp_path / "bin" / tool
+        stand_in.write_text(f'#!/usr/bin/env bash\necho "{tool} $*" >> "$LOG"\n')
+        stand_in.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "LOG": str(log), "LAUNCH": launch}
+    subprocess.run(
+        ["bash", str(PIPELINES / "llama_70b_to_8b/run.sh"), str(tmp_path / "out")], check=True, env=environment
+    )
+    asked = log.read_text()
+    assert asked.count("dump-teacher") == (8 if launch == "torchrun" else 2)
+    assert asked.count("-m kdcache train-student") == 1
+    assert re.search(rf"^{launch} .*nproc-per-node 8|^{launch} --ntasks-per-node 1 ", asked, re.MULTILINE)
+    assert "kdcache evaluate" in asked
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_run_sh_is_short_and_plain(name):
+    script = (PIPELINES / name / "run.sh").read_text()
+    assert script.count("\n") <= 40
+    assert "python" not in script
+    assert f"| `{name}`" in (PIPELINES / "README.md").read_text()
