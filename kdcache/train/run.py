@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from kdcache.cache.commit import check_no_cache, read_commits
+from kdcache.cache.commit import check_no_cache
 from kdcache.cache.reader import CacheReader, open_cache
 from kdcache.config import check_options, read_section, write_provenance
 from kdcache.errors import CacheMismatchError, ConfigError
@@ -20,6 +20,7 @@ from kdcache.heads import check_packing
 from kdcache.model_files import find_model
 from kdcache.models import check_student, keep_freed_memory, load_model, load_tokenizer, pick_device, quiet_progress
 from kdcache.targets import check_alignment
+from kdcache.train.card import describe_cache, model_card
 from kdcache.train.lora import add_lora
 from kdcache.train.options import TrainOptions
 
@@ -276,21 +277,6 @@ def last_checkpoint(output: Path) -> str | None:
     return None
 
 
-def describe_cache(reader: CacheReader) -> dict[str, Any]:
-    """What a student's record says about where its targets came from, and what they cost."""
-    stats = reader.manifest.stats
-    return {
-        "path": str(reader.store),
-        "fingerprint": reader.manifest.fingerprint,
-        "teacher": reader.spec.teacher.name,
-        "teacher_digest": reader.spec.teacher.digest,
-        "dataset": reader.spec.corpus.dataset,
-        "num_positions": stats.num_positions,
-        "bytes_per_token": round(reader.manifest.num_bytes / max(stats.num_positions, 1), 2),
-        "dump_seconds": round(sum(commit.seconds for commit in read_commits(reader.store)), 2),
-    }
-
-
 def _check_same_run(output: Path, options: TrainOptions) -> None:
     """Refuse to go on with other settings than the output was begun with."""
     before_file = output / "train-student.yaml"
@@ -355,52 +341,3 @@ def _warn_about_sizes(reader: CacheReader, num_parameters: int) -> None:
             "the teacher is %.0f times the student; past about 30 a teacher of middle size in between often serves better",
             ratio,
         )
-
-
-def model_card(options: TrainOptions, results: dict[str, Any]) -> str:
-    """README.md of a student folder."""
-    cache, objective = results["cache"], results["objective"]
-    fields = ", ".join(f"{name}={value}" for name, value in options.lora.items())
-    trained = f"LoRA on `{options.student}`: {fields}; {results['num_trained_parameters']:,} parameters trained"
-    adapters = [("adapters", trained)] if options.lora else []
-    rows = [
-        ("teacher", f"`{cache['teacher']}` (digest `{cache['teacher_digest'][:12]}`)"),
-        ("cache", f"fingerprint `{cache['fingerprint']}`, {cache['num_positions']:,} tokens of `{cache['dataset']}`"),
-        (
-            "loss",
-            f"(1 - alpha) CE + alpha T² {objective['loss']}, alpha = {objective['alpha']}, T = {objective['temperature']}"
-            + "".join(f", {name} = {value}" for name, value in objective["loss_args"].items()),
-        ),
-        *adapters,
-        ("steps", f"{results['steps']:,} ({results['train_tokens']:,} tokens), seed {results['seed']}"),
-        *(
-            (name.removeprefix("eval_"), f"{results[name]:.4f} (held out)")
-            for name in results
-            if name.startswith("eval_")
-        ),
-    ]
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [knowledge-distillation, kdcache]
----
-
-# {Path(options.output).name}
-
-A student of {results["num_parameters"]:,} parameters, distilled offline with kdcache:
-its teacher was run once, and was not present when the student was trained.
-
-| | |
-|---|---|
-{table}
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{Path(options.output).name}")
-tokenizer = AutoTokenizer.from_pretrained("{Path(options.output).name}")
-```
-
-The exact options stand in `train-student.yaml`, versions and device in `train-student.provenance.json`.
-"""
