@@ -16,7 +16,7 @@ kdcache train-student --config "$config" --output student-labels --alpha 0
 kdcache train-student --config "$config" --output student-distilled --alpha 0.9
 
 echo "== what that bought, on text that neither student saw =="
-kdcache evaluate --student student-distilled --baseline student-labels --teacher-cache heldout-cache --output results.json
+kdcache evaluate --student student-distilled --baseline student-labels --teacher-cache heldout-cache --output results.json --report report.html
 
 cat <<'NEXT'
 
