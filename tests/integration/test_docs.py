@@ -3,10 +3,12 @@
 import re
 from pathlib import Path
 
+import click
 import pytest
 import torch
 
 from kdcache.cache.reader import open_cache
+from kdcache.cli import COMMANDS, main
 from kdcache.dump.launch import dump
 from kdcache.model_files import find_model
 from kdcache.models import load_model, load_tokenizer
@@ -78,3 +80,18 @@ def test_trl(cache, student, tiny_student, adapters):
     if not adapters:
         run("cache", tiny_student, "ours", per_device_train_batch_size=len(cache), alpha=0.7, **given)
         assert theirs == pytest.approx(losses("ours"), abs=1e-4)
+
+
+@pytest.mark.parametrize("page", ["recipes.md", "losses.md", "stores.md", "../README.md", "../pipelines/README.md"])
+def test_flags_that_pages_name_are_there(page):
+    commands = [main.get_command(click.Context(main), name) for name in COMMANDS]
+    known = {flag for one in commands for option in one.params for flag in [*option.opts, *option.secondary_opts]}
+    others = {
+        "--nnodes",
+        "--nproc-per-node",
+        "--ntasks-per-node",
+        "--gpus-per-node",
+        "--nodes",
+    }  # torchrun's, Slurm's, a proof's
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", (DOCS / page).read_text()))
+    assert named <= known | others
