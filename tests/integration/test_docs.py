@@ -92,6 +92,7 @@ def test_flags_that_pages_name_are_there(page):
         "--ntasks-per-node",
         "--gpus-per-node",
         "--nodes",
+        "--defaults",
     }  # torchrun's, Slurm's, a proof's
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", (DOCS / page).read_text()))
     assert named <= known | others
