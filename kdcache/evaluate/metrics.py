@@ -96,18 +96,7 @@ class Metrics:
 
     def as_dict(self) -> dict[str, Any]:
         """For ``--json``."""
-        names = (
-            "num_parameters",
-            "num_targets",
-            "cross_entropy",
-            "forward_kl",
-            "reverse_kl",
-            "top1_agreement",
-            "accuracy",
-            "acceptance_rate",
-            "calibration_error",
-            "overconfidence",
-        )
+        names = ("num_parameters", "num_targets", *MEASURED[:-1], "calibration_error", "overconfidence")
         binned = {
             "calibration": [{"positions": int(n), "confidence": c / n, "accuracy": h / n} for n, c, h in self.calibration.tolist() if n],
             "kl_by_context": [

@@ -74,7 +74,8 @@ class Mix:
 
     def order(self, epoch: int) -> IntArray:
         """``[epoch_length]``, the sequences of an epoch."""
-        first, stop = epoch * self.epoch_length, (epoch + 1) * self.epoch_length
+        length = self.epoch_length
+        first, stop = epoch * length, (epoch + 1) * length
         passes = [1] * len(self.groups)
         while True:
             lists = [_begins(group, number) for group, number in zip(self.groups, passes, strict=True)]
@@ -123,9 +124,9 @@ def group_caches(mix: Mapping[str, float], caches: Sequence[CacheReader]) -> dic
     return groups
 
 
-def describe_group(group: Group, mix: Mix) -> str:
+def describe_group(group: Group, first_epoch: IntArray) -> str:
     """Its share, and how much of it an epoch takes."""
-    taken = int(np.isin(mix.order(0), group.indices).sum())
+    taken = int(np.isin(first_epoch, group.indices).sum())
     tokens = int(group.num_targets.sum())
     return f"{group.share:.1%} of the tokens from {group.name}: an epoch takes {taken:,} of {len(group.indices):,} sequences ({tokens:,} tokens in all)"
 

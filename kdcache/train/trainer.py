@@ -282,8 +282,9 @@ def make_mix(shares: Mapping[str, float], texts: Sequence[CacheReader], seed: in
         permutation = partial(epoch_order, len(indices), fingerprint, seed)
         groups.append(Group(name, shares[name] / sum(shares.values()), indices, counts, permutation))
     mix = Mix(tuple(groups))
+    first_epoch = mix.order(0)
     for group in mix.groups:
-        logger.info("mix: %s", describe_group(group, mix))
+        logger.info("mix: %s", describe_group(group, first_epoch))
     return mix
 
 
