@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from kdcache.cache import jit
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -62,6 +64,17 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 VOCAB_SIZE = 320
+
+
+@pytest.fixture(scope="module", params=["numpy", "compiled"])
+def codec_form(request):
+    """The codec as numpy alone, and with its compiled loops."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "numpy":
+            patch.setattr(jit, "_functions", lambda: None)
+        elif jit.compiled() is None:
+            pytest.skip("numba is not installed")
+        yield request.param
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,7 +16,7 @@ Refuses what its levels cannot hold (a logprob below about -200 nats).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -52,14 +52,12 @@ class Codec(CodecParameters):
         self._check_storable(targets)
         arrays: dict[str, npt.NDArray[Any]] = {}
         if self.renumbers:
-            codes: npt.NDArray[Any] = targets.token_ids
+            codes, start = targets.token_ids, self.num_listed
             if self.id_tables is not None:
                 assert contexts is not None, "tables renumber ids by the token before"
                 codes = self.id_tables.codes(codes, targets.num_entries, contexts)
-            # numpy indexes with this type alone: converted once.
-            codes, start = codes.astype(np.intp), self.num_listed
-            order = OwnOrder.count(codes[codes >= start] - start if start else codes)
-            targets = sorted_by(targets, order.codes(start, self.vocab_size).take(codes))
+            order = OwnOrder.count(codes, start, self.vocab_size)
+            targets = sorted_by(targets, order.renumber(codes, start, self.vocab_size))
             arrays = {"frequent_gaps": order.gaps(), "frequent_steps": order.steps}
         arrays |= ENCODERS[self.name](self, targets)
         if self.hidden_size:
@@ -128,20 +126,11 @@ class Codec(CodecParameters):
         gaps = read_array(frames["frequent_gaps"], np.uint8, what=f"{where}, frequent_gaps", max_count=most)
         number = int(np.count_nonzero(gaps != GAP_GOES_ON))
         steps = read_array(frames["frequent_steps"], np.uint8, what=f"{where}, frequent_steps", count=number)
-        order = OwnOrder.of(
-            cast(npt.NDArray[np.uint8], gaps), cast(npt.NDArray[np.uint8], steps), self.vocab_size, where
-        )
-        codes = order.undo(self.num_listed, self.vocab_size)
-        try:
-            before: npt.NDArray[np.uint32] = codes.take(compact.token_ids)
-        except IndexError as error:
-            raise CacheCorruptError(
-                f"{where}: code {compact.token_ids.max()} of {len(codes)} stands for no token id"
-            ) from error
+        order = OwnOrder.of(gaps, steps, self.vocab_size, where)
         if self.id_tables is None:
-            return before
+            return order.undo(compact.token_ids, 0, self.vocab_size, where)
         assert contexts is not None, "tables renumber ids by the token before"
-        return self.id_tables.token_ids(before, compact.num_entries, contexts, where)
+        return self.id_tables.token_ids(compact.token_ids, compact.num_entries, contexts, where, order)
 
     @property
     def column_names(self) -> tuple[str, ...]:

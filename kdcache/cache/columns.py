@@ -6,7 +6,7 @@ Which columns a codec has, how ids are renumbered before and after, and how arra
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,11 +43,11 @@ def _encode_exact(codec: CodecParameters, targets: SparseTargets) -> dict[str, n
 
 def _decode_exact(codec: CodecParameters, frames: Frames, n: int, where: str) -> CompactTargets:
     def floats(name: str, count: int) -> FloatArray:
-        return cast(FloatArray, read_array(frames[name], np.float32, what=f"{where}, {name}", count=count))
+        return read_array(frames[name], np.float32, what=f"{where}, {name}", count=count)
 
     num_entries = _read_num_entries(codec, frames, n, where, np.uint32)
     total = int(num_entries.sum(dtype=np.int64))
-    token_ids = cast(UIntArray, read_array(frames["token_ids"], np.uint32, what=f"{where}, token_ids", count=total))
+    token_ids = read_array(frames["token_ids"], np.uint32, what=f"{where}, token_ids", count=total)
     label_logprobs, entropy = floats("label_logprobs", n), floats("entropy", n)
     counts = _read_counts(codec, frames, total, where)
     known: dict[str, Any] = {
@@ -88,9 +88,9 @@ def _encode_packed(codec: CodecParameters, targets: SparseTargets) -> dict[str, 
     }
     if codec.has_bits:
         arrays["id_bits"], ids, num_rest = packed.split_ids(targets.token_ids, targets.num_entries)
-        gaps = packed.ColumnOrder(num_rest).to_columns(packed.id_gaps(ids, num_rest))
+        gaps = packed.ColumnOrder(num_rest).columns_of_gaps(ids)
     else:
-        gaps = order.to_columns(packed.id_gaps(targets.token_ids, targets.num_entries))
+        gaps = order.columns_of_gaps(targets.token_ids)
     arrays["id_symbols"], arrays["id_low"], arrays["id_escapes"] = packed.encode_gaps(gaps)
     if not codec.frequencies:
         levels, arrays["lowest_level"] = packed.quantise(codec.levels, targets)
@@ -112,23 +112,22 @@ def _decode_packed(codec: CodecParameters, frames: Frames, n: int, where: str) -
     total = int(num_entries.sum(dtype=np.int64))
     order = packed.ColumnOrder(num_entries)
     if codec.has_bits:
-        few, num_few = packed.ids_from_bits(read("id_bits", n * packed.NUM_BITS // 8), n)
+        bits = read("id_bits", n * packed.NUM_BITS // 8)
+        num_few = packed.num_bits_set(bits, n)
         if (num_few > num_entries).any():
             raise CacheCorruptError(f"{where}, id_bits: more ids at a position than it has entries")
         num_rest = num_entries - num_few
-        rest = _read_ids(frames, packed.ColumnOrder(num_rest), num_rest, where)
-        token_ids = packed.join_ids(few, num_few, rest, num_rest)
+        rest = _read_ids(frames, packed.ColumnOrder(num_rest), num_rest, where, packed.NUM_BITS)
+        token_ids = packed.join_ids(bits, rest, num_few, num_rest)
     else:
         token_ids = _read_ids(frames, order, num_entries, where)
-    if token_ids.dtype == np.int64 and int(token_ids.max(initial=0)) > np.iinfo(np.uint32).max:
-        raise CacheCorruptError(f"{where}, id_symbols: token ids past 2^32")
     counts = _read_counts(codec, frames, total, where)
     if counts is not None:
         columns = [order.to_rows(counts[:, t]) for t in range(len(codec.temperatures))]
         counts = np.stack(columns, axis=1)
     known: dict[str, Any] = {
         "num_entries": num_entries,
-        "token_ids": token_ids if codec.renumbers else token_ids.astype(np.uint32),
+        "token_ids": token_ids,
         "label_logprobs": -codec.levels.table[read("label_levels", n)],
         "entropy": (read("entropy", n) * packed.ENTROPY_STEP).astype(np.float32),
         "hidden": _read_hidden(codec, frames, n, where),
@@ -136,14 +135,13 @@ def _decode_packed(codec: CodecParameters, frames: Frames, n: int, where: str) -
     }
     if counts is not None and codec.frequencies:
         return CompactTargets(**known, **_frequencies(codec, counts, num_entries, where))
-    below = order.to_rows(read("levels", total))
-    ceiling = np.repeat(read("lowest_level", n), num_entries)
-    if (below > ceiling).any():
+    values = packed.values_of_levels(order.to_rows(read("levels", total)), read("lowest_level", n), num_entries)
+    if values is None:
         raise CacheCorruptError(f"{where}, levels: a level below zero")
     num_temperatures = len(codec.temperatures)
     return CompactTargets(
         **known,
-        values=ceiling - below,
+        values=values,
         value_table=-codec.levels.table,
         tails=read("tails", n * num_temperatures).reshape(num_temperatures, n).T,
         tail_table=packed.tail_table(num_temperatures),
@@ -151,8 +149,10 @@ def _decode_packed(codec: CodecParameters, frames: Frames, n: int, where: str) -
     )
 
 
-def _read_ids(frames: Frames, order: packed.ColumnOrder, num_entries: UIntArray, where: str) -> npt.NDArray[np.int64]:
-    """Ids out of their gaps, position by position."""
+def _read_ids(
+    frames: Frames, order: packed.ColumnOrder, num_entries: UIntArray, where: str, first: int = 0
+) -> UIntArray:
+    """Ids out of their gaps, position by position, counted from ``first``."""
 
     def read(name: str, count: int, dtype: npt.DTypeLike = np.uint8) -> npt.NDArray[Any]:
         return read_array(frames[name], dtype, what=f"{where}, {name}", count=count)
@@ -160,16 +160,19 @@ def _read_ids(frames: Frames, order: packed.ColumnOrder, num_entries: UIntArray,
     symbols = read("id_symbols", int(num_entries.sum(dtype=np.int64)))
     num_escapes = int(np.count_nonzero(symbols == packed.GAP_ESCAPE))
     num_low = int(np.count_nonzero(symbols >= packed.GAP_SMALL)) - num_escapes
-    escapes = cast(UIntArray, read("id_escapes", num_escapes, np.uint32))
-    return order.ids_from_gaps(packed.decode_gaps(symbols, read("id_low", num_low), escapes))
+    escapes = read("id_escapes", num_escapes, np.uint32)
+    ids: npt.NDArray[Any] = order.ids_of_gaps(packed.decode_gaps(symbols, read("id_low", num_low), escapes))
+    if int(ids.max(initial=0)) + first >= 1 << 32:
+        raise CacheCorruptError(f"{where}, id_symbols: token ids past 2^32")
+    return ids
 
 
 # --- shared -----------------------------------------------------------------------------------------------------------
 
 
 def are_logprobs(*arrays: FloatArray) -> bool:
-    """All finite and at most 0, but for rounding."""
-    return all(bool(np.isfinite(array).all() and (array <= MAX_LOGPROB).all()) for array in arrays)
+    """All finite and at most 0, but for rounding. NaN is the least and the largest of any that holds it."""
+    return all(not array.size or (array.min() > -np.inf and array.max() <= MAX_LOGPROB) for array in arrays)
 
 
 def _read_num_entries(codec: CodecParameters, frames: Frames, n: int, where: str, dtype: npt.DTypeLike) -> UIntArray:
@@ -190,7 +193,7 @@ def _read_counts(codec: CodecParameters, frames: Frames, total: int, where: str)
         stored = read_array(frames["counts"], dtype, what=f"{where}, counts", count=count).astype(np.uint16)
     else:
         pairs = read_array(frames["counts"], np.uint8, what=f"{where}, counts", count=(count + 1) // 2)
-        stored = packed.small_counts(cast(npt.NDArray[np.uint8], pairs), count)
+        stored = packed.small_counts(pairs, count)
         large = np.flatnonzero(stored == packed.COUNT_ESCAPE)
         beyond = read_array(frames["count_escapes"], dtype, what=f"{where}, count_escapes", count=len(large))
         if int(beyond.max(initial=0)) > codec.num_draws:
@@ -208,12 +211,8 @@ def _frequencies(codec: CodecParameters, counts: CountArray, num_entries: UIntAr
 
     ``log(counts)``, which need only be normalised; nothing left out; zeros.
     """
-    n, values = len(num_entries), counts[:, 0]
-    sound = bool(values.all() and num_entries.all())
-    if sound and n:
-        num_drawn = np.add.reduceat(values, np.cumsum(num_entries, dtype=np.int64) - num_entries, dtype=np.int64)
-        sound = bool((num_drawn == codec.num_draws).all())
-    if not sound:
+    n, values = len(num_entries), np.ascontiguousarray(counts[:, 0])
+    if not packed.are_whole_draws(values, num_entries, codec.num_draws):
         raise CacheCorruptError(
             f"{where}, counts: {codec.num_draws} draws at each position were expected, of entries drawn at least once"
         )

@@ -9,6 +9,7 @@ that declares one.
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -80,7 +81,7 @@ def read_array(
     what: str,
     count: int | None = None,
     max_count: int | None = None,
-) -> npt.NDArray[np.generic]:
+) -> npt.NDArray[Any]:
     """A one-dimensional little-endian array out of a frame.
 
     Args:

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from kdcache.cache.jit import compiled
 from kdcache.errors import CacheCorruptError
+from kdcache.targets import UIntArray
 
 # An id that comes up seldom costs more in the order than it saves.
 LEAST_COUNT, MAX_FREQUENT = 8, 4096
@@ -39,9 +41,12 @@ class OwnOrder:
     steps: npt.NDArray[np.uint8]
 
     @classmethod
-    def count(cls, numbers: npt.NDArray[np.integer]) -> OwnOrder:
-        """The order for the numbers ``[E]`` of a sequence."""
-        counts = np.bincount(numbers)
+    def count(cls, codes: UIntArray, start: int, num_numbers: int) -> OwnOrder:
+        """The order for the codes ``[E]`` of a sequence; those below ``start`` are not counted."""
+        if loops := compiled():
+            counts = loops.histogram(codes, start, num_numbers)
+        else:
+            counts = np.bincount(codes[codes >= start] - np.uint32(start) if start else codes)
         frequent = np.flatnonzero(counts >= LEAST_COUNT)
         if len(frequent) > MAX_FREQUENT:
             frequent = np.sort(frequent[np.argsort(-counts[frequent], kind="stable")[:MAX_FREQUENT]])
@@ -53,16 +58,31 @@ class OwnOrder:
         """``[F]``: the numbers by their place."""
         return self.numbers[np.argsort(self.steps, kind="stable")]
 
-    def codes(self, start: int, num_numbers: int) -> npt.NDArray[np.uint32]:
-        """``[start + num_numbers]``: what each code becomes, those below ``start`` themselves."""
-        places = np.arange(num_numbers, dtype=np.uint32) + np.uint32(start + len(self.numbers))
-        places[self.by_frequency] = np.arange(start, start + len(self.numbers), dtype=np.uint32)
-        return np.concatenate([np.arange(start, dtype=np.uint32), places]) if start else places
+    def renumber(self, codes: UIntArray, start: int, num_numbers: int) -> UIntArray:
+        """``[E]``: what each code becomes, those below ``start`` themselves."""
+        first = start + len(self.numbers)
+        places = np.arange(len(self.numbers), first + num_numbers, dtype=np.uint32)
+        places[:start] = np.arange(start)
+        places[start + self.by_frequency] = np.arange(start, first)
+        if loops := compiled():
+            return np.asarray(loops.renumber(codes, places))
+        return places.take(codes)
 
-    def undo(self, start: int, num_numbers: int) -> npt.NDArray[np.uint32]:
-        """``[start + F + num_numbers]``: what each code was."""
-        before, frequent = np.arange(start, dtype=np.uint32), (self.by_frequency + start).astype(np.uint32)
-        return np.concatenate([before, frequent, np.arange(start, start + num_numbers, dtype=np.uint32)])
+    def undo(self, codes: UIntArray, start: int, num_numbers: int, where: str) -> UIntArray:
+        """``[E]``: what each code was.
+
+        Raises:
+            CacheCorruptError: A code that stands for nothing.
+        """
+        frequent, most = self.by_frequency.astype(np.uint32), start + len(self.numbers) + num_numbers
+        if (loops := compiled()) and not start:
+            before, sound = loops.undo_order(codes, frequent, num_numbers)
+        elif sound := int(codes.max(initial=0)) < most:
+            rest = np.arange(start, start + num_numbers, dtype=np.uint32)
+            before = np.concatenate([np.arange(start, dtype=np.uint32), frequent + np.uint32(start), rest]).take(codes)
+        if not sound:
+            raise CacheCorruptError(f"{where}: code {codes.max()} of {most} stands for no token id")
+        return np.asarray(before, dtype=np.uint32)
 
     def gaps(self) -> npt.NDArray[np.uint8]:
         """The numbers as bytes: ``number - previous - 1``, the first counted from -1; ``GAP_GOES_ON`` as often as it is in the gap."""
@@ -84,6 +104,9 @@ class OwnOrder:
         if len(numbers) and int(numbers[-1]) >= num_numbers:
             raise CacheCorruptError(f"{where}, frequent_gaps: number {numbers[-1]} of {num_numbers}")
         return cls(numbers, steps)
+
+
+NO_ORDER = OwnOrder(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.uint8))
 
 
 def most_gap_bytes(num_numbers: int) -> int:

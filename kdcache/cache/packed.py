@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from kdcache.cache.jit import compiled
 from kdcache.errors import ConfigError
 from kdcache.targets import FloatArray, SparseTargets, UIntArray
 
@@ -111,42 +112,68 @@ class ColumnOrder:
     """
 
     def __init__(self, num_entries: UIntArray) -> None:
-        counts = num_entries.astype(np.int64)
-        self._k, self._counts = int(counts.max(initial=0)), counts
-        self.is_rectangle = bool((counts == self._k).all())
-        if not self.is_rectangle:
-            starts = np.cumsum(counts) - counts
-            rank = np.arange(int(counts.sum())) - np.repeat(starts, counts)
-            # numpy sorts 8 and 16 bits by their digits.
-            narrow = np.uint8 if self._k <= 1 << 8 else np.uint16 if self._k <= 1 << 16 else np.int64
-            self._entries = np.argsort(rank.astype(narrow), kind="stable")
+        self._num_entries, self._k = num_entries, int(num_entries.max(initial=0))
+        self.is_rectangle = bool((num_entries == self._k).all())
 
     def to_columns(self, entries: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """``[E]`` in the order of the targets, into that of the columns."""
         if self.is_rectangle:
             return entries.reshape(-1, max(self._k, 1)).T.ravel()
+        if loops := compiled():
+            return np.asarray(loops.to_columns(entries, self._num_entries, loops.cursors(self._num_entries)))
         return entries.take(self._entries)
 
     def to_rows(self, columns: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Undo :meth:`to_columns`."""
         if self.is_rectangle:
             return columns.reshape(max(self._k, 1), -1).T.ravel()
+        if loops := compiled():
+            return np.asarray(loops.to_rows(columns, self._num_entries, loops.cursors(self._num_entries)))
         out = np.empty_like(columns)
         out[self._entries] = columns
         return out
 
-    def ids_from_gaps(self, gaps: npt.NDArray[np.uint16] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Undo :func:`id_gaps`, from gaps in the order of the columns to ids in the order of the targets."""
+    @cached_property
+    def _entries(self) -> npt.NDArray[np.intp]:
+        """``[E]``: the entry at each place of the columns."""
+        counts = self._num_entries.astype(np.int64)
+        starts = np.cumsum(counts) - counts
+        rank = np.arange(int(counts.sum())) - np.repeat(starts, counts)
+        # numpy sorts 8 and 16 bits by their digits.
+        narrow = np.uint8 if self._k <= 1 << 8 else np.uint16 if self._k <= 1 << 16 else np.int64
+        return np.argsort(rank.astype(narrow), kind="stable")
+
+    def columns_of_gaps(self, token_ids: UIntArray) -> npt.NDArray[np.integer]:
+        """:func:`id_gaps`, in the order of the columns."""
+        if loops := compiled():
+            gaps, ascend = loops.column_gaps(token_ids, self._num_entries, loops.cursors(self._num_entries))
+            assert ascend, "token ids ascend inside a position"
+            return np.asarray(gaps)
+        return self.to_columns(id_gaps(token_ids, self._num_entries))
+
+    def ids_of_gaps(self, gaps: npt.NDArray[np.integer]) -> UIntArray | npt.NDArray[np.int64]:
+        """Undo :meth:`columns_of_gaps`: ids in the order of the targets; int64 where some are past 2^32."""
+        if loops := compiled():
+            ids, fit = loops.ids_of_gaps(gaps, self._num_entries, loops.cursors(self._num_entries))
+            if fit:
+                return np.asarray(ids)
         if self.is_rectangle:
-            wide = np.int64 if gaps.dtype == np.int64 or self._k > 1 << 14 else np.int32
-            return np.asarray(_running_sums(gaps.reshape(max(self._k, 1), -1), wide).T.ravel())
+            wide = np.int64 if gaps.dtype != np.uint16 or self._k > 1 << 14 else np.int32
+            return _narrow(_running_sums(gaps.reshape(max(self._k, 1), -1), wide).T.ravel())
         running = np.cumsum(self.to_rows(gaps), dtype=np.int64)
         running += np.arange(len(running))
-        counts = self._counts[self._counts > 0]
+        counts = self._num_entries[self._num_entries > 0].astype(np.int64)
         ends = np.cumsum(counts) - 1
         before = np.concatenate([[-1], running[ends[:-1]]]) if len(ends) else ends
         running -= np.repeat(before + 1, counts)
-        return running
+        return _narrow(running)
+
+
+def _narrow(ids: npt.NDArray[np.int32] | npt.NDArray[np.int64]) -> UIntArray | npt.NDArray[np.int64]:
+    """uint32, where all ids are below 2^32."""
+    if ids.dtype == np.int32 or int(ids.max(initial=0)) <= np.iinfo(np.uint32).max:
+        return ids.astype(np.uint32)
+    return ids.astype(np.int64)
 
 
 def _running_sums(rectangle: npt.NDArray[Any], wide: type[np.int32] | type[np.int64]) -> npt.NDArray[Any]:
@@ -175,6 +202,9 @@ def split_ids(
         ``[NUM_BITS / 8, N]``, the bits of ids 0 to 7 first, the most significant one for the lowest id; ``[R]`` the other ids minus
         ``NUM_BITS``; ``[N]`` how many of them each position has.
     """
+    if loops := compiled():
+        bits, others, num_rest = loops.split_ids(token_ids, num_entries)
+        return bits, others, num_rest
     n = len(num_entries)
     few = token_ids < NUM_BITS
     bits = np.zeros((n, NUM_BITS), dtype=np.uint8)
@@ -183,23 +213,30 @@ def split_ids(
     return np.ascontiguousarray(np.packbits(bits, axis=1).T), token_ids[~few] - np.uint32(NUM_BITS), rest
 
 
-def ids_from_bits(bits: npt.NDArray[np.uint8], num_targets: int) -> tuple[npt.NDArray[np.int32], UIntArray]:
-    """The ids of the bits, position by position, and how many each position has."""
-    rows = np.ascontiguousarray(bits.reshape(NUM_BITS // 8, num_targets).T)
-    places = np.flatnonzero(np.unpackbits(rows.ravel()).view(bool))
-    counts = np.bincount(places >> (NUM_BITS.bit_length() - 1), minlength=num_targets).astype(np.uint32)
-    return (places & (NUM_BITS - 1)).astype(np.int32), counts
+def num_bits_set(bits: npt.NDArray[np.uint8], num_targets: int) -> UIntArray:
+    """``[N]``: how many ids the bits of each position name."""
+    if loops := compiled():
+        return np.asarray(loops.num_bits_set(bits, num_targets))
+    return np.asarray(_ones()[bits].reshape(NUM_BITS // 8, num_targets).sum(axis=0, dtype=np.uint32))
 
 
-def join_ids(
-    few: npt.NDArray[np.int32], num_few: UIntArray, rest: npt.NDArray[np.int64], num_rest: UIntArray
-) -> npt.NDArray[np.int64]:
-    """Undo :func:`split_ids`, from what :func:`ids_from_bits` and :meth:`ColumnOrder.ids_from_gaps` give."""
+@cache
+def _ones() -> npt.NDArray[np.uint8]:
+    """``[256]``: bits set in a byte."""
+    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)
+    return np.asarray(bits.sum(axis=1), dtype=np.uint8)
+
+
+def join_ids(bits: npt.NDArray[np.uint8], rest: UIntArray, num_few: UIntArray, num_rest: UIntArray) -> UIntArray:
+    """Undo :func:`split_ids`, from :func:`num_bits_set` and what :meth:`ColumnOrder.ids_of_gaps` gives."""
+    if loops := compiled():
+        return np.asarray(loops.join_ids(bits, rest, num_few, num_rest))
     runs = np.stack([num_few, num_rest], axis=1).ravel()
     is_few = np.repeat(np.tile([True, False], len(num_few)), runs)
-    ids = np.empty(len(few) + len(rest), dtype=np.int64)
-    ids[is_few] = few
-    ids[~is_few] = rest + NUM_BITS
+    rows = np.ascontiguousarray(bits.reshape(NUM_BITS // 8, len(num_few)).T)
+    ids = np.empty(len(is_few), dtype=np.uint32)
+    ids[is_few] = np.flatnonzero(np.unpackbits(rows.ravel()).view(bool)) & (NUM_BITS - 1)
+    ids[~is_few] = rest + np.uint32(NUM_BITS)
     return ids
 
 
@@ -218,9 +255,12 @@ def id_gaps(token_ids: UIntArray, num_entries: UIntArray) -> npt.NDArray[np.int3
 
 
 def encode_gaps(
-    gaps: npt.NDArray[np.int32] | npt.NDArray[np.int64],
+    gaps: npt.NDArray[np.integer],
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8], UIntArray]:
     """A symbol for each gap, the low bytes of those that take two, and those that escape."""
+    if (loops := compiled()) and gaps.dtype == np.uint32:
+        symbols, low, escapes = loops.symbols_of_gaps(gaps)
+        return symbols, low, escapes
     large = np.flatnonzero(gaps >= GAP_SMALL)
     rest = gaps[large] - GAP_SMALL
     high = rest >> 8
@@ -232,8 +272,11 @@ def encode_gaps(
 
 def decode_gaps(
     symbols: npt.NDArray[np.uint8], low: npt.NDArray[np.uint8], escapes: UIntArray
-) -> npt.NDArray[np.uint16] | npt.NDArray[np.int64]:
-    """Undo :func:`encode_gaps`; int64 where something escapes, else uint16."""
+) -> npt.NDArray[np.integer]:
+    """Undo :func:`encode_gaps`; uint16 or wider."""
+    if loops := compiled():
+        # One byte more, so that one can be read where none is used.
+        return np.asarray(loops.gaps_of_symbols(symbols, np.append(low, np.uint8(0)), escapes))
     gaps: npt.NDArray[np.uint16] = np.multiply(
         np.maximum(symbols, GAP_SMALL) - np.uint8(GAP_SMALL), 255, dtype=np.uint16
     )
@@ -266,6 +309,10 @@ def quantise(levels: Levels, targets: SparseTargets) -> tuple[npt.NDArray[np.uin
             f"codec packed holds logprobs down to {lowest_logprob:.0f} nats, found {targets.logprobs.min():.1f}",
             hint="dump with --codec exact",
         )
+    if loops := compiled():
+        grid, cells = _level_grid(levels), np.float32(GRID_CELLS)
+        below, lowest = loops.row_levels(targets.logprobs, targets.num_entries, grid, cells)
+        return below, lowest
     level = levels.nearest(-targets.logprobs)
     counts = targets.num_entries[targets.num_entries > 0].astype(np.int64)
     lowest = np.zeros(len(targets), dtype=np.uint8)
@@ -277,6 +324,27 @@ def quantise(levels: Levels, targets: SparseTargets) -> tuple[npt.NDArray[np.uin
         level += shares & (level < 255)
         lowest[targets.num_entries > 0] = _reduced(np.maximum, level, counts)
     return _spread(lowest[targets.num_entries > 0], counts) - level, lowest
+
+
+def values_of_levels(
+    below: npt.NDArray[np.uint8], lowest: npt.NDArray[np.uint8], num_entries: UIntArray
+) -> npt.NDArray[np.uint8] | None:
+    """``[E]``: levels counted up again, or None where one is below zero."""
+    if loops := compiled():
+        values, sound = loops.values_of_levels(below, lowest, num_entries)
+        return values if sound else None
+    ceiling = np.repeat(lowest, num_entries)
+    return None if (below > ceiling).any() else ceiling - below
+
+
+def are_whole_draws(counts: npt.NDArray[np.uint16], num_entries: UIntArray, num_draws: int) -> bool:
+    """Whether the counts ``[E]`` of each position are at least one each, and ``num_draws`` together."""
+    if loops := compiled():
+        return bool(loops.are_whole_draws(counts, num_entries, num_draws))
+    if not (counts.all() and num_entries.all()):
+        return False
+    starts = np.cumsum(num_entries, dtype=np.int64) - num_entries
+    return not len(starts) or bool((np.add.reduceat(counts, starts, dtype=np.int64) == num_draws).all())
 
 
 def _reduced(operation: np.ufunc, entries: npt.NDArray[Any], counts: npt.NDArray[np.int64]) -> npt.NDArray[Any]:

@@ -8,7 +8,7 @@ in its metadata can crash the process). Every column of bytes is a zstd frame wi
 from __future__ import annotations
 
 import json
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from kdcache.cache.codec import Codec
 from kdcache.cache.compact import CompactTargets
 from kdcache.cache.frames import compress, read_array
 from kdcache.errors import CacheCorruptError
-from kdcache.targets import SparseTargets, TokenSequence, UIntArray
+from kdcache.targets import SparseTargets, TokenSequence
 
 METADATA_KEY = b"kdcache"
 SEQUENCE_COLUMNS = ("input_ids", "loss_mask", "document_starts")
@@ -158,14 +158,14 @@ class ShardReader:
         starts = read_array(
             self._frame("document_starts", row), np.uint32, what=f"{where}, document_starts", max_count=count
         )
-        mask = np.unpackbits(cast(Any, bits), count=count).astype(bool)
+        mask = np.unpackbits(bits, count=count).astype(bool)
         if not len(starts) or starts[0] != 0 or (np.diff(starts.astype(np.int64)) <= 0).any() or starts[-1] >= count:
             raise CacheCorruptError(f"{where}: document starts do not ascend from 0 to below {count}")
         if mask[starts].any():
             raise CacheCorruptError(f"{where}: a loss bit at the start of a document")
         if int(ids.max()) >= self._codec.vocab_size:
             raise CacheCorruptError(f"{where}: token id {ids.max()} in a vocabulary of {self._codec.vocab_size}")
-        sequence = TokenSequence(ids.astype(np.uint32), mask, cast(UIntArray, starts))
+        sequence = TokenSequence(ids.astype(np.uint32), mask, starts)
         if content_hash(sequence) != self._columns["content_hash"][row].as_py():
             raise CacheCorruptError(f"{where}: the content hash does not match the token ids")
         return sequence

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ import numpy.typing as npt
 import safetensors.numpy
 from safetensors import SafetensorError
 
+from kdcache.cache.jit import compiled
+from kdcache.cache.own_order import NO_ORDER, OwnOrder
 from kdcache.errors import CacheCorruptError
 from kdcache.targets import SparseTargets, UIntArray
 
@@ -30,6 +33,8 @@ MAX_BYTES = 256 << 20
 MAX_VOCAB = 1 << 20
 COUNT_AT_ONCE = 1 << 24
 SORT_AT_ONCE = 512
+# Rows are sorted side by side where they are not much longer than what they hold.
+MAX_PADDING = 8
 
 
 class IdTables:
@@ -42,14 +47,12 @@ class IdTables:
     """
 
     def __init__(self, order: UIntArray, contexts: UIntArray, lists: npt.NDArray[np.uint16]) -> None:
-        self.order, self.contexts, self.lists = order, contexts, lists
+        self.order, self.contexts = order, contexts
         num_contexts, self._length = lists.shape
         self._ranks = _places(order, len(order))
         self._rows = _places(contexts, len(order), missing=num_contexts)
-        listed = order[np.vstack([lists, np.arange(self._length, dtype=np.uint16)[None]])]
-        # Ids by row and code, then those of all ranks.
-        self._ids = np.concatenate([listed.ravel(), order])
-        self._codes: npt.NDArray[np.uint16] | None = None
+        # The last row is for tokens without a list.
+        self._lists = np.vstack([lists, np.arange(self._length, dtype=np.uint16)[None]])
 
     @classmethod
     def count(
@@ -147,8 +150,11 @@ class IdTables:
             num_entries: ``[N]``.
             contexts: ``[N]``, the token before each position.
         """
+        table = self._code_table
+        if loops := compiled():
+            rows = self._rows[contexts]
+            return np.asarray(loops.codes_of_ids(token_ids, num_entries, rows, table, self._ranks, self._length))
         ranks = self._ranks[token_ids]
-        table = self._code_table()
         rows = np.repeat(self._rows[contexts].astype(np.int64) * table.shape[1], num_entries)
         small = ranks < table.shape[1]
         codes = np.where(
@@ -157,31 +163,54 @@ class IdTables:
         return np.asarray(codes, dtype=np.uint32)
 
     def token_ids(
-        self, codes: npt.NDArray[np.integer], num_entries: UIntArray, contexts: UIntArray, where: str
-    ) -> npt.NDArray[np.uint32]:
+        self, codes: UIntArray, num_entries: UIntArray, contexts: UIntArray, where: str, order: OwnOrder = NO_ORDER
+    ) -> UIntArray:
         """Token ids of codes, in their order.
+
+        Args:
+            codes: ``[E]``.
+            num_entries: ``[N]``.
+            contexts: ``[N]``, the token before each position.
+            where: Names shard and sequence in messages.
+            order: What the sequence did to the codes that are in no list.
 
         Raises:
             CacheCorruptError: A code that no id has.
         """
-        if len(codes) and int(codes.max()) >= self._length + len(self.order):
-            raise CacheCorruptError(f"{where}: code {codes.max()} of {self._length + len(self.order)}")
-        rows = np.repeat(self._rows[contexts], num_entries)
-        ranked = len(self._ids) - len(self.order) - self._length
-        places = codes + np.where(codes < self._length, rows * np.int32(self._length), ranked)
-        ids: npt.NDArray[np.uint32] = self._ids[places]
-        return ids
+        rows = self._rows[contexts]
+        if loops := compiled():
+            frequent = order.by_frequency.astype(np.uint32)
+            ids, sound = loops.undo_tables(codes, frequent, num_entries, rows, self._lists, self.order)
+            if not sound:
+                most = self._length + len(frequent) + len(self.order)
+                raise CacheCorruptError(f"{where}: code {codes.max()} of {most} stands for no token id")
+            return np.asarray(ids)
+        codes = order.undo(codes, self._length, len(self.order), where)
+        ranked = self._lists.size - self._length
+        places = codes + np.where(
+            codes < self._length, np.repeat(rows, num_entries) * np.int64(self._length), np.int64(ranked)
+        )
+        return np.asarray(self._ids[places])
 
+    @property
+    def lists(self) -> npt.NDArray[np.uint16]:
+        """``[C, M]``."""
+        return self._lists[:-1]
+
+    @cached_property
+    def _ids(self) -> UIntArray:
+        """Ids by row and code, then those of all ranks."""
+        return np.concatenate([self.order[self._lists].ravel(), self.order])
+
+    @cached_property
     def _code_table(self) -> npt.NDArray[np.uint16]:
         """``[C + 1, MAX_RANK]``: the code of a rank in each row. Made when something is encoded."""
-        if self._codes is None:
-            num_contexts, length = self.lists.shape
-            num_ranks = min(MAX_RANK, len(self.order))
-            codes = np.tile(np.arange(num_ranks, dtype=np.uint16) + np.uint16(length), (num_contexts + 1, 1))
-            np.put_along_axis(codes[:-1], self.lists.astype(np.intp), np.arange(length, dtype=np.uint16)[None], axis=1)
-            codes[-1, :length] = np.arange(length)
-            self._codes = codes
-        return self._codes
+        num_contexts, length = self.lists.shape
+        num_ranks = min(MAX_RANK, len(self.order))
+        codes = np.tile(np.arange(num_ranks, dtype=np.uint16) + np.uint16(length), (num_contexts + 1, 1))
+        np.put_along_axis(codes[:-1], self.lists.astype(np.intp), np.arange(length, dtype=np.uint16)[None], axis=1)
+        codes[-1, :length] = np.arange(length)
+        return codes
 
 
 def _places(items: UIntArray, size: int, missing: int = 0) -> npt.NDArray[np.int32]:
@@ -208,7 +237,8 @@ def sorted_by(targets: SparseTargets, numbers: UIntArray) -> SparseTargets:
     """Entries sorted by a number each, inside each position; the numbers take the place of the ids."""
     order, numbers = _sorted_inside(targets.num_entries, numbers)
     counts = None if targets.counts is None else targets.counts[order]
-    return replace(targets, token_ids=numbers, logprobs=targets.logprobs.take(order), counts=counts)
+    logprobs = targets.logprobs.take(order)
+    return replace(targets, token_ids=numbers, logprobs=logprobs, counts=counts)
 
 
 def _sorted_inside(num_entries: UIntArray, numbers: UIntArray) -> tuple[npt.NDArray[np.int64], UIntArray]:
@@ -219,6 +249,11 @@ def _sorted_inside(num_entries: UIntArray, numbers: UIntArray) -> tuple[npt.NDAr
     counts, n = num_entries.astype(np.int64), len(num_entries)
     k = int(counts.max(initial=0))
     number_bits, place_bits = int(numbers.max(initial=0)).bit_length(), max(k - 1, 0).bit_length()
+    if (loops := compiled()) and number_bits + place_bits <= 32 and n * k <= MAX_PADDING * len(numbers):
+        keys = loops.sort_keys(numbers, num_entries, k, place_bits)
+        keys.sort(axis=1)
+        order, numbers = loops.sorted_entries(keys, num_entries, place_bits, len(numbers))
+        return order, numbers
     if len(numbers) == k * n and number_bits + place_bits <= 32:
         rows = (numbers << np.uint32(place_bits)).reshape(n, k)
         rows |= np.arange(k, dtype=np.uint32)

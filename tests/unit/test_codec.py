@@ -13,6 +13,8 @@ from kdcache.errors import CacheCorruptError, ConfigError, TeacherOutputError
 from kdcache.targets import kl_of_stored
 from tests.strategies import frequencies_of, log_softmax, targets_from_logits, zipf_logits
 
+pytestmark = pytest.mark.usefixtures("codec_form")
+
 FIELDS = ("num_entries", "token_ids", "logprobs", "tail_logprobs", "logz", "label_logprobs", "entropy")
 
 
@@ -98,10 +100,11 @@ def test_column_order_there_and_back(counts):
     rank = np.concatenate([np.arange(count) for count in counts] or [entries])
     assert (np.diff(rank[columns]) >= 0).all()
     ids = np.cumsum(1 + entries % 7) if len(entries) else entries  # ascending everywhere, so inside each position
-    gaps = order.to_columns(packed.id_gaps(ids.astype(np.uint32), np.array(counts, np.uint32)))
+    gaps = order.columns_of_gaps(ids.astype(np.uint32))
+    assert (gaps == order.to_columns(packed.id_gaps(ids.astype(np.uint32), np.array(counts, np.uint32)))).all()
     for stored in (gaps.astype(np.int64), gaps.astype(np.uint16)):
         if (stored == gaps).all():
-            assert (order.ids_from_gaps(stored) == ids).all()
+            assert (order.ids_of_gaps(stored) == ids).all()
 
 
 @pytest.mark.parametrize("num_entries", [[4, 0, 9, 1], [0, 0], [128, 3], []])
@@ -116,9 +119,9 @@ def test_small_ids_as_bits_there_and_back(num_entries):
         there[row, some[some < packed.NUM_BITS]] = True
     assert (bits == np.packbits(there, axis=1).T).all()
     assert (rest == np.concatenate([[], *(some[some >= packed.NUM_BITS] - packed.NUM_BITS for some in ids)])).all()
-    few, num_few = packed.ids_from_bits(bits.ravel(), len(ids))
+    num_few = packed.num_bits_set(bits.ravel(), len(ids))
     assert (num_few + num_rest == counts).all()
-    assert (packed.join_ids(few, num_few, rest.astype(np.int64), num_rest) == token_ids).all()
+    assert (packed.join_ids(bits.ravel(), rest, num_few, num_rest) == token_ids).all()
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 7, 1000])

@@ -11,6 +11,8 @@ from kdcache.cache.verify import verify_cache
 from tests.reference_reader import read_cache
 from tests.strategies import make_plan, write_cache
 
+pytestmark = pytest.mark.usefixtures("codec_form")
+
 GOLDEN = sorted((Path(__file__).parents[1] / "golden" / "version-1").iterdir())
 
 

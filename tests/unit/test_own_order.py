@@ -12,6 +12,8 @@ from kdcache.cache.tables import MAX_VOCAB
 from kdcache.errors import CacheCorruptError
 from tests.strategies import targets_from_logits
 
+pytestmark = pytest.mark.usefixtures("codec_form")
+
 
 def drawn(size=5000, num_numbers=600, seed=0):
     rng = np.random.default_rng(seed)
@@ -20,13 +22,12 @@ def drawn(size=5000, num_numbers=600, seed=0):
 
 def test_what_comes_up_often_comes_first():
     numbers = drawn()
-    order = OwnOrder.count(numbers)
+    order = OwnOrder.count(numbers.astype(np.uint32), 0, 600)
     counts = np.bincount(numbers)
     assert set(order.numbers) == set(np.flatnonzero(counts >= LEAST_COUNT))
     placed = counts[order.by_frequency]
     assert (placed[1:] <= placed[:-1] * np.sqrt(2) + 1e-9).all(), "half octaves"
-    codes = order.codes(0, 600)
-    assert codes[numbers].mean() < 0.8 * numbers.mean()
+    assert order.renumber(numbers.astype(np.uint32), 0, 600).mean() < 0.8 * numbers.mean()
 
 
 def test_half_octaves_are_those_of_a_logarithm():
@@ -36,10 +37,17 @@ def test_half_octaves_are_those_of_a_logarithm():
 
 @given(st.lists(st.integers(0, 3000), max_size=400), st.integers(0, 50), st.integers(1, 20))
 def test_there_and_back(numbers, start, times):
-    order = OwnOrder.count(np.repeat(np.array(numbers, dtype=np.int64), times))
-    codes, back = order.codes(start, 3001), order.undo(start, 3001)
+    entries = np.repeat(np.array(numbers, dtype=np.uint32), times)
+    entries = np.concatenate([entries + np.uint32(start), np.arange(start, dtype=np.uint32)])  # and some of lists
+    order = OwnOrder.count(entries, start, 3001)
+    assert set(order.numbers) == set(np.flatnonzero(np.bincount(entries)[start:] >= LEAST_COUNT))
+    before = np.arange(start + 3001, dtype=np.uint32)
+    codes = order.renumber(before, start, 3001)
     assert len(np.unique(codes)) == start + 3001
-    assert (back[codes] == np.arange(start + 3001)).all()
+    assert (order.undo(codes, start, 3001, "x") == before).all()
+    beyond = np.array([start + 3001 + len(order.numbers)], dtype=np.uint32)
+    with pytest.raises(CacheCorruptError, match=f"x: code {beyond[0]} of {beyond[0]} stands for no token id"):
+        order.undo(beyond, start, 3001, "x")
     gaps = order.gaps()
     assert len(gaps) <= most_gap_bytes(3001)
     again = OwnOrder.of(gaps, order.steps, 3001, "x")
@@ -48,16 +56,17 @@ def test_there_and_back(numbers, start, times):
 
 
 def test_never_more_than_a_row_may_name():
-    order = OwnOrder.count(np.repeat(np.arange(MAX_FREQUENT + 50), LEAST_COUNT))
+    numbers = np.repeat(np.arange(MAX_FREQUENT + 50, dtype=np.uint32), LEAST_COUNT)
+    order = OwnOrder.count(numbers, 0, MAX_FREQUENT + 50)
     assert len(order.numbers) == MAX_FREQUENT
     assert (order.numbers == np.arange(MAX_FREQUENT)).all(), "of equally frequent ones the lower"
 
 
 def test_nothing_is_frequent():
-    for numbers in (np.zeros(0, np.int64), np.arange(10)):
-        order = OwnOrder.count(numbers)
+    for numbers in (np.zeros(0, np.uint32), np.arange(13, dtype=np.uint32)):
+        order = OwnOrder.count(numbers, 3, 10)
         assert len(order.numbers) == len(order.gaps()) == 0
-        assert (order.codes(3, 10) == np.arange(13)).all()
+        assert (order.renumber(numbers, 3, 10) == numbers).all()
 
 
 def example(vocab_size=500):

@@ -1,3 +1,5 @@
+from functools import cache
+
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -9,9 +11,12 @@ from kdcache.cache.tables import MAX_RANK, IdTables, ascending, sorted_by
 from kdcache.errors import CacheCorruptError
 from tests.strategies import sparse_targets, targets_from_logits
 
+pytestmark = pytest.mark.usefixtures("codec_form")
+
 VOCABULARIES = [300, 49_152, 128_256, 151_936, 262_144]
 
 
+@cache
 def pilot(vocab_size=300, sequences=6, n=50, k=8, seed=0):
     """Targets whose likely tokens depend on the token before."""
     rng = np.random.default_rng(seed)
