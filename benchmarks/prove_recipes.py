@@ -29,7 +29,7 @@ from benchmarks import results_file
 from benchmarks.prove_students import init_students
 
 PROMPT_WORDS, NEW_TOKENS, ROUNDS = 12, 112, 4
-NOISE = 0.02  # of the second teacher's weights, relative to each matrix's own spread
+NOISE = 0.15  # of the second teacher's weights, relative to each matrix's own spread: two nats away
 
 
 @dataclass(frozen=True, slots=True)
