@@ -151,7 +151,7 @@ def report(root: Path, args: argparse.Namespace) -> None:
         lines.append("| " + " | ".join(cells) + " |")
     positions = {name: open_cache(root / name).manifest.stats.num_positions for name in ("top_k_64", "heldout")}
     about = (
-        f"SmolLM2-135M-Instruct to students of half its weights outside the embedding; {args.steps} steps of {args.batch} sequences of "
+        f"SmolLM2-135M-Instruct to students of 48 to 50 % of its weights outside the embedding; {args.steps} steps of {args.batch} sequences of "
         f"{args.seq_len} tokens (a cache of {positions['top_k_64']:,}; {positions['heldout']:,} held out), alpha 1, forward_kl, learning "
         f"rate {args.rate:g}, bfloat16 autocast; mean ± standard deviation over seeds.\n\n"
     )

@@ -196,13 +196,16 @@ def _training_record(name: str) -> dict[str, Any]:
 
 
 def _phases(rows: list[tuple[str, Metrics]]) -> dict[str, Any]:
-    """Of several seeds the times are those of all together."""
+    """Of several seeds the times are those of all together; of several caches the first student's is told of."""
     phases: dict[str, Any] = {}
     for role, metrics in rows:
         if cache := metrics.extra.get("cache"):
-            phases["dump_seconds"] = cache["dump_seconds"]
-            phases["dump_tokens_per_second"] = round(cache["num_positions"] / max(cache["dump_seconds"], 1e-9), 1)
-            phases["bytes_per_token"] = cache["bytes_per_token"]
+            told = {
+                "dump_seconds": cache["dump_seconds"],
+                "dump_tokens_per_second": round(cache["num_positions"] / max(cache["dump_seconds"], 1e-9), 1),
+                "bytes_per_token": cache["bytes_per_token"],
+            }
+            phases = told | phases
             key = f"train_{role}_seconds"
             phases[key] = round(phases.get(key, 0.0) + metrics.extra["train_seconds"], 2)
         key = f"evaluate_{role}_seconds"

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from kdcache.evaluate.generations import repetition, rouge_l
-from kdcache.evaluate.metrics import MEASURED, position_values, teacher_values
+from kdcache.evaluate.metrics import MEASURED, Metrics, position_values, teacher_values
+from kdcache.evaluate.run import _phases
 from kdcache.evaluate.teacher import Buckets
 
 
@@ -98,3 +99,18 @@ def test_rouge_l_against_every_subsequence():
 def test_repetition():
     assert repetition("a b c d a b c d") == pytest.approx(1 / 5)
     assert repetition("a b") == 0
+
+
+def test_the_cache_told_of_is_that_of_the_student():
+    """A baseline may have learned from another one; seeds add up."""
+
+    def trained(num_bytes, seconds):
+        cache = {"dump_seconds": 10.0, "num_positions": 1000, "bytes_per_token": num_bytes}
+        return Metrics("model", 1, seconds=seconds, extra={"cache": cache, "train_seconds": 5.0})
+
+    rows = [("teacher", Metrics("teacher", 1, seconds=2.0)), ("student", trained(20, 1.0)), ("student", trained(20, 1.5))]
+    phases = _phases([*rows, ("baseline", trained(90, 3.0))])
+    assert phases == {
+        "dump_seconds": 10.0, "dump_tokens_per_second": 100.0, "bytes_per_token": 20, "evaluate_teacher_seconds": 2.0,
+        "train_student_seconds": 10.0, "evaluate_student_seconds": 2.5, "train_baseline_seconds": 5.0, "evaluate_baseline_seconds": 3.0,
+    }  # fmt: skip
