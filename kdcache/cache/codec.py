@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.cache import packed
+from kdcache.cache import jit, packed
 from kdcache.cache.columns import COLUMNS, DECODERS, ENCODERS, MAX_LOGPROB, UNKNOWN_TO_FREQUENCIES, Frames, are_logprobs
 from kdcache.cache.compact import CompactTargets, float_to_bfloat16
 from kdcache.cache.frames import compress, read_array
@@ -50,6 +50,7 @@ class Codec(CodecParameters):
         if targets.temperatures != self.temperatures:
             raise ValueError(f"targets declare temperatures {targets.temperatures}, the codec {self.temperatures}")
         self._check_storable(targets)
+        jit.note(len(targets))
         arrays: dict[str, npt.NDArray[Any]] = {}
         if self.renumbers:
             codes, start = targets.token_ids, self.num_listed
@@ -107,6 +108,7 @@ class Codec(CodecParameters):
         Raises:
             CacheCorruptError: A frame is not intact, or its values cannot have been written.
         """
+        jit.note(num_targets)
         try:
             compact = DECODERS[self.name](self, frames, num_targets, where)
             ids = self._token_ids(frames, compact, where, contexts) if self.renumbers else None

@@ -16,12 +16,23 @@ from kdcache.cache import loops
 FAST = {"nnan", "nsz"}
 
 
+# numba takes half a second to load what it compiled before, and some seconds the first time of all: not for a glance at a cache.
+WARM_UP_POSITIONS = 1 << 14
+_positions = 0
+
+
+def note(num_targets: int) -> None:
+    """Count positions that are about to be encoded or decoded; few are done by numpy alone."""
+    global _positions
+    _positions += num_targets
+
+
 def compiled() -> Any | None:
-    """The functions of :mod:`kdcache.cache.loops`, each compiled when it is first called; None where numba is not installed.
+    """The functions of :mod:`kdcache.cache.loops`, each compiled when it is first called; None where numba is not installed or not worth it.
 
     What was compiled is kept beside the package, or in the user's cache folder, for the next process.
     """
-    return _functions()
+    return _functions() if _positions >= WARM_UP_POSITIONS else None
 
 
 @cache

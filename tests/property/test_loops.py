@@ -15,13 +15,19 @@ from kdcache.errors import KDCacheError
 from kdcache.targets import SparseTargets
 from tests.strategies import VOCAB_SIZES, frequencies_of, sparse_targets
 
-pytestmark = pytest.mark.skipif(jit.compiled() is None, reason="numba is not installed")
-NONE = np.zeros(0, np.uint32)
+pytest.importorskip("numba")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def at_once():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jit, "WARM_UP_POSITIONS", 0)
+        yield
 
 
 def with_numpy(call):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jit, "_functions", lambda: None)
+        patch.setattr(jit, "WARM_UP_POSITIONS", 1 << 62)
         return call()
 
 
@@ -135,6 +141,14 @@ def test_without_numba_there_is_nothing_compiled(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "numba", None)
     assert jit._functions.__wrapped__() is None
+
+
+def test_little_is_left_to_numpy(monkeypatch):
+    """A glance at a cache does not wait for a compiler."""
+    monkeypatch.setattr(jit, "WARM_UP_POSITIONS", jit._positions + 10)
+    for num_targets, wanted in ((4, False), (5, False), (1, True), (0, True)):
+        jit.note(num_targets)
+        assert (jit.compiled() is not None) == wanted
 
 
 def test_no_position_and_no_entry():

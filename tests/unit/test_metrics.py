@@ -108,7 +108,11 @@ def test_the_cache_told_of_is_that_of_the_student():
         cache = {"dump_seconds": 10.0, "num_positions": 1000, "bytes_per_token": num_bytes}
         return Metrics("model", 1, seconds=seconds, extra={"cache": cache, "train_seconds": 5.0})
 
-    rows = [("teacher", Metrics("teacher", 1, seconds=2.0)), ("student", trained(20, 1.0)), ("student", trained(20, 1.5))]
+    rows = [
+        ("teacher", Metrics("teacher", 1, seconds=2.0)),
+        ("student", trained(20, 1.0)),
+        ("student", trained(20, 1.5)),
+    ]
     phases = _phases([*rows, ("baseline", trained(90, 3.0))])
     assert phases == {
         "dump_seconds": 10.0, "dump_tokens_per_second": 100.0, "bytes_per_token": 20, "evaluate_teacher_seconds": 2.0,
