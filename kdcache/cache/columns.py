@@ -14,6 +14,7 @@ import numpy.typing as npt
 from kdcache.cache import packed
 from kdcache.cache.compact import CompactTargets
 from kdcache.cache.frames import read_array
+from kdcache.cache.loops import COUNT_ESCAPE, GAP_ESCAPE, GAP_SMALL, NUM_BITS
 from kdcache.cache.parameters import CodecParameters
 from kdcache.errors import CacheCorruptError, ConfigError
 from kdcache.targets import CountArray, FloatArray, SparseTargets, UIntArray
@@ -112,19 +113,19 @@ def _decode_packed(codec: CodecParameters, frames: Frames, n: int, where: str) -
     total = int(num_entries.sum(dtype=np.int64))
     order = packed.ColumnOrder(num_entries)
     if codec.has_bits:
-        bits = read("id_bits", n * packed.NUM_BITS // 8)
+        bits = read("id_bits", n * NUM_BITS // 8)
         num_few = packed.num_bits_set(bits, n)
         if (num_few > num_entries).any():
             raise CacheCorruptError(f"{where}, id_bits: more ids at a position than it has entries")
         num_rest = num_entries - num_few
-        rest = _read_ids(frames, packed.ColumnOrder(num_rest), num_rest, where, packed.NUM_BITS)
+        rest = _read_ids(frames, packed.ColumnOrder(num_rest), num_rest, where, NUM_BITS)
         token_ids = packed.join_ids(bits, rest, num_few, num_rest)
     else:
         token_ids = _read_ids(frames, order, num_entries, where)
     counts = _read_counts(codec, frames, total, where)
     if counts is not None:
         columns = [order.to_rows(counts[:, t]) for t in range(len(codec.temperatures))]
-        counts = np.stack(columns, axis=1)
+        counts = np.stack(columns, axis=1) if len(columns) > 1 else columns[0][:, None]
     known: dict[str, Any] = {
         "num_entries": num_entries,
         "token_ids": token_ids,
@@ -158,8 +159,8 @@ def _read_ids(
         return read_array(frames[name], dtype, what=f"{where}, {name}", count=count)
 
     symbols = read("id_symbols", int(num_entries.sum(dtype=np.int64)))
-    num_escapes = int(np.count_nonzero(symbols == packed.GAP_ESCAPE))
-    num_low = int(np.count_nonzero(symbols >= packed.GAP_SMALL)) - num_escapes
+    num_escapes = int(np.count_nonzero(symbols == GAP_ESCAPE))
+    num_low = int(np.count_nonzero(symbols >= GAP_SMALL)) - num_escapes
     escapes = read("id_escapes", num_escapes, np.uint32)
     ids: npt.NDArray[Any] = order.ids_of_gaps(packed.decode_gaps(symbols, read("id_low", num_low), escapes))
     if int(ids.max(initial=0)) + first >= 1 << 32:
@@ -193,14 +194,14 @@ def _read_counts(codec: CodecParameters, frames: Frames, total: int, where: str)
         stored = read_array(frames["counts"], dtype, what=f"{where}, counts", count=count).astype(np.uint16)
     else:
         pairs = read_array(frames["counts"], np.uint8, what=f"{where}, counts", count=(count + 1) // 2)
-        stored = packed.small_counts(pairs, count)
-        large = np.flatnonzero(stored == packed.COUNT_ESCAPE)
-        beyond = read_array(frames["count_escapes"], dtype, what=f"{where}, count_escapes", count=len(large))
-        if int(beyond.max(initial=0)) > codec.num_draws:
+        beyond = read_array(frames["count_escapes"], dtype, what=f"{where}, count_escapes", max_count=count)
+        if len(beyond) and int(beyond.max()) + COUNT_ESCAPE > codec.num_draws:
             raise CacheCorruptError(
-                f"{where}: an entry drawn more than {beyond.max()} times in {codec.num_draws} draws"
+                f"{where}: an entry drawn {int(beyond.max()) + COUNT_ESCAPE} times in {codec.num_draws} draws"
             )
-        stored[large] += beyond.astype(np.uint16)
+        stored, num_escapes = packed.decode_counts(pairs, beyond, count)
+        if num_escapes != len(beyond):
+            raise CacheCorruptError(f"{where}, count_escapes: {num_escapes} counts go on, found {len(beyond)}")
     if int(stored.max(initial=0)) > codec.num_draws:
         raise CacheCorruptError(f"{where}: an entry drawn {stored.max()} times in {codec.num_draws} draws")
     return stored.reshape(len(codec.temperatures), total).T

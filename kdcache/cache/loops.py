@@ -20,8 +20,12 @@ Numbers = npt.NDArray[np.uint32]
 Floats = npt.NDArray[np.float32]
 Entries = npt.NDArray[np.uint8] | npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
-# As in kdcache.cache.packed, which this module stands below.
-SMALL, ESCAPE, NUM_BITS = 60, 255, 128
+# Gaps below GAP_SMALL take one byte, others a byte and a low byte, those past the escape four bytes more.
+GAP_SMALL, GAP_ESCAPE = 60, 255
+# Renumbered ids below this hold about half of what is kept: a bit for each, there or not.
+NUM_BITS = 128
+# Draws of an entry take half a byte; from here on the rest follows elsewhere.
+COUNT_ESCAPE = 15
 # [256, 9]: which bits of a byte are set, the most significant first, and last how many are.
 BITS_SET = np.zeros((256, 9), dtype=np.uint32)
 for _byte in range(256):
@@ -83,6 +87,21 @@ def values_of_levels(below: Bytes, lowest: Bytes, num_entries: Numbers) -> tuple
     return values, sound
 
 
+def decode_counts(
+    pairs: Bytes, beyond: Bytes | npt.NDArray[np.uint16], num_counts: int
+) -> tuple[npt.NDArray[np.uint16], int]:
+    """:func:`packed.decode_counts`."""
+    counts, half, at = np.empty(num_counts, dtype=np.uint16), len(pairs), 0
+    for i in range(num_counts):
+        counts[i] = pairs[i] & 15 if i < half else pairs[i - half] >> 4
+    for i in range(num_counts):
+        if counts[i] == COUNT_ESCAPE:
+            if at < len(beyond):
+                counts[i] += beyond[at]
+            at += 1
+    return counts, at
+
+
 def are_whole_draws(counts: npt.NDArray[np.uint16], num_entries: Numbers, num_draws: int) -> bool:
     """Whether the counts of each position are at least one each, and ``num_draws`` together."""
     sound, e = True, 0
@@ -112,10 +131,10 @@ def gaps_of_symbols(symbols: Bytes, low: Bytes, escapes: Numbers) -> Numbers:
     for e in range(len(symbols)):
         symbol = np.uint32(symbols[e])
         # Without a branch: no processor guesses these.
-        large = symbol >= SMALL
-        gaps[e] = symbol + np.uint32(large) * ((symbol - np.uint32(SMALL)) * np.uint32(255) + np.uint32(low[at]))
+        large = symbol >= GAP_SMALL
+        gaps[e] = symbol + np.uint32(large) * ((symbol - np.uint32(GAP_SMALL)) * np.uint32(255) + np.uint32(low[at]))
         at += large
-        if symbol == ESCAPE:
+        if symbol == GAP_ESCAPE:
             gaps[e] = escapes[escaped]
             escaped += 1
             at -= 1
@@ -311,21 +330,21 @@ def symbols_of_gaps(gaps: Numbers) -> tuple[Bytes, Bytes, Numbers]:
     symbols, low = np.empty(len(gaps), dtype=np.uint8), np.empty(len(gaps) + 1, dtype=np.uint8)
     at, num_escaped = 0, 0
     for e in range(len(gaps)):
-        rest = np.int64(gaps[e]) - SMALL
+        rest = np.int64(gaps[e]) - GAP_SMALL
         high = rest >> 8
         large = rest >= 0
-        symbols[e] = SMALL + (high if large else rest)
+        symbols[e] = GAP_SMALL + (high if large else rest)
         low[at] = rest & 255
         at += large
-        if high >= ESCAPE - SMALL:
-            symbols[e] = ESCAPE
+        if high >= GAP_ESCAPE - GAP_SMALL:
+            symbols[e] = GAP_ESCAPE
             at -= 1
             num_escaped += 1
     escapes = np.empty(num_escaped, dtype=np.uint32)
     if num_escaped:
         num_escaped = 0
         for e in range(len(gaps)):
-            if symbols[e] == ESCAPE:
+            if symbols[e] == GAP_ESCAPE:
                 escapes[num_escaped] = gaps[e]
                 num_escaped += 1
     return symbols, low[:at], escapes

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kdcache.cache.jit import compiled
+from kdcache.cache.loops import BITS_SET, COUNT_ESCAPE, GAP_ESCAPE, GAP_SMALL, NUM_BITS
 from kdcache.errors import ConfigError
 from kdcache.targets import FloatArray, SparseTargets, UIntArray
 
@@ -33,12 +34,6 @@ ENTROPY_STEP = 1 / 4
 # Columns whose bytes change along the way: gaps between ids grow with the rank of an entry, and so do levels.
 BLOCK_BYTES = {"id_bits": 4096, "id_symbols": 8192, "levels": 32768}
 BLOCK_A_ROW = {"tails", "logz"}
-# Gaps below SMALL take one byte, others a byte and a low byte, those past the escape four bytes more.
-GAP_SMALL, GAP_ESCAPE = 60, 255
-# Renumbered ids below this hold about half of what is kept: a bit for each, there or not.
-NUM_BITS = 128
-# Draws of an entry take half a byte; from here on the rest follows elsewhere.
-COUNT_ESCAPE = 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,14 +212,7 @@ def num_bits_set(bits: npt.NDArray[np.uint8], num_targets: int) -> UIntArray:
     """``[N]``: how many ids the bits of each position name."""
     if loops := compiled():
         return np.asarray(loops.num_bits_set(bits, num_targets))
-    return np.asarray(_ones()[bits].reshape(NUM_BITS // 8, num_targets).sum(axis=0, dtype=np.uint32))
-
-
-@cache
-def _ones() -> npt.NDArray[np.uint8]:
-    """``[256]``: bits set in a byte."""
-    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)
-    return np.asarray(bits.sum(axis=1), dtype=np.uint8)
+    return np.asarray(BITS_SET[bits, 8].reshape(NUM_BITS // 8, num_targets).sum(axis=0, dtype=np.uint32))
 
 
 def join_ids(bits: npt.NDArray[np.uint8], rest: UIntArray, num_few: UIntArray, num_rest: UIntArray) -> UIntArray:
@@ -372,9 +360,18 @@ def encode_counts(counts: npt.NDArray[np.uint16]) -> tuple[npt.NDArray[np.uint8]
     return pairs, counts[small == COUNT_ESCAPE] - np.uint16(COUNT_ESCAPE)
 
 
-def small_counts(pairs: npt.NDArray[np.uint8], num_counts: int) -> npt.NDArray[np.uint16]:
-    """The half bytes of :func:`encode_counts`: draws, or ``COUNT_ESCAPE`` where more follow elsewhere."""
-    return np.concatenate([pairs & 15, pairs >> 4])[:num_counts].astype(np.uint16)
+def decode_counts(
+    pairs: npt.NDArray[np.uint8], beyond: npt.NDArray[np.uint8] | npt.NDArray[np.uint16], num_counts: int
+) -> tuple[npt.NDArray[np.uint16], int]:
+    """Undo :func:`encode_counts`; and how many go on in ``beyond``: where that is not its length, the counts mean nothing."""
+    if loops := compiled():
+        counts, num_large = loops.decode_counts(pairs, beyond, num_counts)
+        return counts, num_large
+    counts = np.concatenate([pairs & 15, pairs >> 4])[:num_counts].astype(np.uint16)
+    large = np.flatnonzero(counts == COUNT_ESCAPE)
+    if len(large) == len(beyond):
+        counts[large] += beyond
+    return counts, len(large)
 
 
 @cache

@@ -130,9 +130,9 @@ def test_counts_as_half_bytes_there_and_back(size):
     pairs, beyond = packed.encode_counts(counts)
     assert len(pairs) == (size + 1) // 2
     assert (beyond == counts[counts >= packed.COUNT_ESCAPE] - packed.COUNT_ESCAPE).all()
-    small = packed.small_counts(pairs, size)
-    small[small == packed.COUNT_ESCAPE] += beyond
-    assert (small == counts).all()
+    found, num_large = packed.decode_counts(pairs, beyond.astype(np.uint8), size)
+    assert (found == counts).all() and num_large == len(beyond)
+    assert packed.decode_counts(pairs, np.zeros(len(beyond) + 1, np.uint8), size)[1] == len(beyond)
 
 
 def drawn_example(num_draws, name="packed"):
