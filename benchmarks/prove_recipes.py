@@ -133,26 +133,23 @@ def perturb(root: Path, teacher: str) -> str:
 
 
 def make_caches(root: Path, args: argparse.Namespace) -> None:
-    """Everything that the experiments share, by the commands."""
+    """What the experiments share, by the commands."""
     make_prompts(root, args.dataset, args.prompts)
     teacher = ["--teacher", args.teacher, "--dtype", "bfloat16", "--seq-len", args.seq_len]
     real = [*teacher, "--dataset", args.dataset]
     top_k = ["--top-k", 64, "--temperatures", 1, "--id-tables", "none"]
     kdcache("dump-teacher", *real, *top_k, "--split", "train[:90%]", "--output", root / "real")
     kdcache("dump-teacher", *real, "--targets", "hidden", "--split", "train[90%:]", "--output", root / "heldout")
-    write = ["generate", *teacher, "--max-new-tokens", NEW_TOKENS, "--min-tokens", 4]
-    kdcache(*write, *top_k[:4], "--num-answers", 2, "--dataset", root / "prompts.jsonl", "--output", root / "answers")
-    kdcache(*write, "--top-k", 1, "--dataset", root / "prompts-heldout.jsonl", "--output", root / "answers-heldout")
-    kdcache(
-        "dump-teacher",
-        *teacher,
-        "--dataset",
-        root / "answers-heldout",
-        "--targets",
-        "hidden",
-        "--output",
-        root / "heldout-answers",
-    )
+    if {"E10", "E11"} & set(args.only):
+        write = ["generate", *teacher, "--max-new-tokens", NEW_TOKENS, "--min-tokens", 4]
+        kdcache(
+            *write, *top_k[:4], "--num-answers", 2, "--dataset", root / "prompts.jsonl", "--output", root / "answers"
+        )
+        kdcache(*write, "--top-k", 1, "--dataset", root / "prompts-heldout.jsonl", "--output", root / "answers-heldout")
+        exact = ["--targets", "hidden", "--output", root / "heldout-answers"]
+        kdcache("dump-teacher", *teacher, "--dataset", root / "answers-heldout", *exact)
+    if "E13" not in args.only:
+        return
     perturbed = ["--teacher", perturb(root, args.teacher), "--dtype", "bfloat16"]
     kdcache("dump-teacher", *perturbed, *top_k, "--dataset", root / "real", "--output", root / "real-perturbed")
 

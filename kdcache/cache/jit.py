@@ -1,6 +1,6 @@
 """Compiled loops, where there is a compiler: the extra ``kdcache[fast]`` brings numba.
 
-Without it the codec is numpy alone and gives the same bytes and the same arrays, at a half to a third of the rate. numba is no plain
+Without it the codec is numpy alone and gives the same bytes and the same arrays, at a half to a quarter of the rate. numba is no plain
 requirement, because it holds numpy back to the versions that it knows.
 """
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -149,20 +150,23 @@ def run_pilot(
     if engine.head is None:
         batches = [[index] for batch in batches for index in batch]
     timed: list[tuple[int, float]] = []
+
+    def read(indices: list[int], read_some: Callable[[slice], list[tuple[int, float]]]) -> list[tuple[int, float]]:
+        def refusal(row: int) -> tuple[str, str]:
+            return f"a sequence of {len(sequences[indices[row]])} tokens does not fit into memory", "--seq-len"
+
+        return engine.halving(read_some, slice(0, len(indices)), refusal)
+
     total = sum(len(sequence) for sequence in sequences)
     with Progress("pilot", total) as progress:
         for indices in batches:
             batch, names = [sequences[i] for i in indices], [ids[i] for i in indices]
-            timed += engine.halving(
-                lambda rows, batch=batch, names=names: _read(engine, trials, batch[rows], names[rows]),  # type: ignore[misc]
-                slice(0, len(batch)),
-                lambda row, batch=batch: (
-                    f"a sequence of {len(batch[row])} tokens does not fit into memory",
-                    "--seq-len",
-                ),  # type: ignore[misc]
-            )
+            timed += read(indices, partial(_read, engine, trials, batch, names))
             done = sum(tokens for tokens, _ in timed)
             progress.update(done, f"{done:,}/{total:,} tokens")
+    if len(timed) <= 2:  # too few to leave out the first, which also warms everything up
+        first = [sequences[i] for i in batches[0]]
+        timed = read(batches[0], partial(_time, engine, first))
     schemes, stored = [], list[tuple[TokenSequence, SparseTargets]]()
     for trial in trials:
         estimate, some = _estimate(trial, size, engine)
@@ -180,9 +184,10 @@ def run_pilot(
 
 @torch.inference_mode()
 def _read(
-    engine: TransformersEngine, trials: Sequence[Trial], batch: list[TokenSequence], names: Sequence[int]
+    engine: TransformersEngine, trials: Sequence[Trial], batch: list[TokenSequence], names: Sequence[int], some: slice
 ) -> list[tuple[int, float]]:
-    """Read one batch for all schemes; its tokens, and the seconds of the teacher alone."""
+    """Read some of a batch for all schemes; its tokens, and the seconds of the teacher alone."""
+    batch, names = batch[some], names[some]
     clock, trials = _clock(engine), [trial for trial in trials if not trial.has_enough]
     started = clock()
     read = engine.read(batch)
@@ -209,6 +214,17 @@ def _read(
         trial.said += zip(batch, said, strict=True)
         trial.squares += [chunk[number] for chunk in squares]
     return [(num_tokens, seconds)]
+
+
+@torch.inference_mode()
+def _time(engine: TransformersEngine, batch: list[TokenSequence], rows: slice) -> list[tuple[int, float]]:
+    """Tokens of some of a batch, and the seconds of the teacher alone."""
+    clock, batch = _clock(engine), batch[rows]
+    started = clock()
+    read = engine.read(batch)
+    for chunk in read.chunks(engine.chunk_positions):
+        read.logits(chunk)
+    return [(sum(len(sequence) for sequence in batch), clock() - started)]
 
 
 def _a_token(timed: list[tuple[int, float]]) -> float:
