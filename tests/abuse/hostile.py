@@ -16,15 +16,18 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import zstandard
 
+from kdcache.cache import jit, loops
 from kdcache.cache.commit import commit_name, load_codec, read_commits, read_plan, shard_name
 from kdcache.cache.frames import compress
 from kdcache.cache.manifest import Plan, parse, signed_json, to_json
+from kdcache.cache.reader import open_cache
 from kdcache.cache.shard import digest, schema
 from kdcache.cache.store import LocalStore
 
@@ -245,7 +248,6 @@ REFUSED, READ, FOUND_BY_VERIFY, HARM = 10, 11, 12, 13
 def victim(folder: Path) -> int:
     """What a user does with a cache from a stranger; an exit code. Anything but an error of ours is harm."""
     from kdcache.cache.garbage import find_garbage
-    from kdcache.cache.reader import open_cache
     from kdcache.cache.status import cache_status
     from kdcache.cache.verify import verify_cache
     from kdcache.cli.inspect import describe, show_sequence
@@ -314,8 +316,33 @@ def confined(folder: Path, report: Path) -> int:
         os._exit(code)
 
 
+def watch_loops(sound: list[Path]) -> bool:
+    """Compile the codec's loops with every index checked, by reading what is sound; False where numba is not installed.
+
+    An index past the end is then an error of its own, and harm, instead of whatever lies there.
+    """
+    try:
+        import numba
+    except ImportError:
+        return False
+    functions = {name: f for name, f in vars(loops).items() if isinstance(f, FunctionType)}
+    # Compiled in memory: those that are attacked may write nowhere.
+    watched = {name: numba.njit(f, boundscheck=True, fastmath=jit.FAST) for name, f in functions.items()}
+    jit._functions = lambda: SimpleNamespace(**watched)
+    use_loops(True)
+    for path in sound:
+        for row in open_cache(path):
+            assert len(row.sequence)
+    return True
+
+
+def use_loops(wanted: bool) -> None:
+    """In this process, from now on."""
+    jit.WARM_UP_POSITIONS = 0 if wanted else 1 << 62
+
+
 def campaign(sound: list[Path], root: Path, *, number: int, seed: int) -> dict[str, Counter[str]]:
-    """So many attacks of each kind, each on a fresh copy of one of the sound caches.
+    """So many attacks of each kind, each on a fresh copy of one of the sound caches; every other one meets compiled loops.
 
     Returns:
         Attack to outcome to how often: ``refused``, ``found by verify``, ``read`` (nothing wrong could be told), and
@@ -324,9 +351,11 @@ def campaign(sound: list[Path], root: Path, *, number: int, seed: int) -> dict[s
     rng = np.random.default_rng(seed)
     words = {REFUSED: "refused", READ: "read", FOUND_BY_VERIFY: "found by verify"}
     table: dict[str, Counter[str]] = {}
+    has_loops = watch_loops(sound)
     for name, attack in ATTACKS.items():
         table[name] = Counter()
-        for _ in range(number):
+        for attempt_number in range(number):
+            use_loops(has_loops and attempt_number % 2 == 1)
             cache = root / "cache"
             shutil.rmtree(cache, ignore_errors=True)
             shutil.copytree(sound[int(rng.integers(len(sound)))], cache)
