@@ -1,4 +1,4 @@
-"""``kdcache sweep``: many students from one cache, one table, one plot, and what the cache has saved.
+"""``kdcache sweep``: many students from one cache or a few, one table, one plot, and what caching has saved.
 
 Every student is an ordinary run of ``kdcache train-student`` in a folder of its own, which can be taken up again, looked at and used
 like any other; a run that fails does not end the others. What a sweep adds is the grid, the evaluation of all students
@@ -35,7 +35,9 @@ from kdcache.train.run import RESULTS, train
 EVALUATION = "evaluation.json"
 # Where less is better; of all others more is.
 LESS_IS_BETTER = ("perplexity", "cross_entropy", "forward_kl", "reverse_kl", "calibration_error", "loss")
-OURS = ("output", "seed", "resume", "cache")
+OURS = ("output", "seed", "resume")
+# Not options of train-student: what a cache is cut down to, and what its spec calls that.
+CUTS = {"top_k": "k", "top_p": "top_p"}
 
 
 def _parse_grid(value: Any) -> Any:
@@ -58,7 +60,7 @@ class SweepOptions(Options):
         BeforeValidator(_parse_grid),
         Field(
             min_length=1,
-            description="Values of an option of train-student, as alpha=0.5,0.7; or top_k=64,32, which makes smaller caches first. Can be "
+            description="Values of an option of train-student, as alpha=0.5,0.7; or top_k=64,32 and top_p=0.9,0.95, which make smaller caches first; cache=A,B compares caches, of other target schemes too. Can be "
             "given again: every combination is trained.",
         ),
     ]
@@ -132,21 +134,21 @@ def sweep(options: SweepOptions) -> dict[str, Any]:
 def plan_students(options: SweepOptions) -> Iterator[Student]:
     """Every combination and seed, checked; caches that the grid asks for are made."""
     for name in [*options.grid, *options.train]:
-        if name not in TrainOptions.model_fields and name != "top_k":
+        if name not in TrainOptions.model_fields and name not in CUTS:
             check_options(TrainOptions, "train-student", {name: None})
     if taken := [name for name in options.grid if name in OURS or name in options.train]:
         raise ConfigError(
             f"--grid {taken[0]}: set once for all, or by the sweep itself",
-            hint="--seeds N varies the seed; for several caches run a sweep of each, or --grid top_k=64,32",
+            hint="--seeds N varies the seed",
         )
-    caches = _smaller_caches(options)
+    cut: dict[str, str] = {}
     for values in product(*options.grid.values()):
         point = dict(zip(options.grid, values, strict=True))
-        given = options.train | {name: value for name, value in point.items() if name != "top_k"}
-        if "top_k" in point:
-            given["cache"] = caches[point["top_k"]]
+        given = options.train | {name: value for name, value in point.items() if name not in CUTS}
+        if any(name in point for name in CUTS):
+            given["cache"] = _cut_down(options, given.get("cache"), point, cut)
         for seed in range(options.seeds):
-            name = "_".join([*(f"{key}={_spelled(value)}" for key, value in point.items()), f"seed={seed}"])
+            name = "_".join([*(f"{key}={_named(options, key, value)}" for key, value in point.items()), f"seed={seed}"])
             folder = Path(options.output) / "students" / name.replace("/", "-").replace(":", "-")
             resolved = check_options(TrainOptions, "train-student", given | {"output": str(folder), "seed": seed})
             if seed == 0:
@@ -171,19 +173,30 @@ def check_recipe(options: TrainOptions) -> None:
     recipe.check(caches, held_out, own, rollouts, mixed=bool(options.mix))
 
 
-def _smaller_caches(options: SweepOptions) -> dict[int, str]:
-    """The cache of each ``top_k`` of the grid."""
-    made: dict[int, str] = {}
-    for k in options.grid.get("top_k", []):
-        cache = options.train.get("cache")
-        if not isinstance(cache, str):
-            raise ConfigError("--grid top_k: one cache to cut down was expected", hint="--train cache=CACHE")
-        if open_cache(cache).spec.targets.k == k:
-            made[k] = cache
-            continue
-        made[k] = str(Path(options.output) / "caches" / f"top_k-{k}")
-        transcode(check_options(TranscodeOptions, "transcode", {"cache": cache, "output": made[k], "top_k": k}))
-    return made
+def _cut_down(options: SweepOptions, cache: Any, point: dict[str, Any], made: dict[str, str]) -> str:
+    """The cache of a point of the grid, which keeps fewer entries; made where that is not done."""
+    axes = [name for name in CUTS if name in point]
+    if not isinstance(cache, str):
+        raise ConfigError(f"--grid {axes[0]}: one cache to cut down was expected", hint="--train cache=CACHE")
+    targets = open_cache(cache).spec.targets
+    wanted = {name: point[name] for name in axes if point[name] != getattr(targets, CUTS[name])}
+    if not wanted:
+        return cache
+    parts = [_named(options, "cache", cache)] if "cache" in options.grid else []
+    name = "_".join([*parts, *(f"{axis}-{_spelled(value)}" for axis, value in wanted.items())]).replace("/", "-")
+    if name not in made:
+        made[name] = str(Path(options.output) / "caches" / name)
+        transcode(check_options(TranscodeOptions, "transcode", {"cache": cache, "output": made[name], **wanted}))
+    return made[name]
+
+
+def _named(options: SweepOptions, axis: str, value: Any) -> str:
+    """A value of the grid in the name of a folder: of a cache its last part, where that is enough."""
+    if axis == "cache":
+        names = [Path(str(cache)).name for cache in options.grid["cache"]]
+        if len(set(names)) == len(names):
+            return Path(str(value)).name
+    return _spelled(value)
 
 
 def train_one(student: Student) -> str | None:
@@ -276,6 +289,7 @@ def cost(students: list[Student]) -> dict[str, Any]:
     tokens = [json.loads((student.folder / RESULTS).read_text())["train_tokens"] for student in students]
     live = sum(tokens) / rate
     return {
+        "num_dumps": len(dumped),
         "dump_seconds": round(seconds, 1),
         "teacher_tokens_per_second": round(rate, 1),
         "num_students": len(students),
@@ -307,12 +321,16 @@ def table(found: dict[str, Any]) -> str:
     lines.insert(1, "  ".join("-" * width for width in widths))
     spent = found["cost"]
     lines.append(
-        f"\n{spent['num_students']} students, {spent['train_tokens']:,} tokens. The teacher ran once, {spent['dump_seconds']:,.0f} s at "
+        f"\n{spent['num_students']} students, {spent['train_tokens']:,} tokens. The teacher ran {_times(spent['num_dumps'])}, {spent['dump_seconds']:,.0f} s at "
         f"{spent['teacher_tokens_per_second']:,.0f} tokens/s; beside every student it would have run {spent['live_teacher_seconds']:,.0f} s: "
         + (f"{spent['saved_seconds']:,.0f} s saved" if spent["saved_seconds"] >= 0 else f"{-spent['saved_seconds']:,.0f} s not yet earned back")
         + f", earned back with student {spent['break_even_students']}"
     )  # fmt: skip
     return "\n".join(lines)
+
+
+def _times(number: int) -> str:
+    return "once" if number == 1 else f"{number} times"
 
 
 def _spelled(value: Any) -> str:

@@ -227,6 +227,21 @@ def keep_most_probable(targets: SparseTargets, k: int) -> SparseTargets:
     return keep_entries(targets, rank < k)
 
 
+def keep_top_p(targets: SparseTargets, top_p: float) -> SparseTargets:
+    """The fewest entries of each position, most probable first, that have the mass ``top_p`` together; all where they have less.
+
+    An entry stays if those before it have less than ``top_p``, as in nucleus sampling (1904.09751).
+    """
+    position = np.repeat(np.arange(len(targets)), targets.num_entries)
+    order = np.lexsort((targets.token_ids, -targets.logprobs, position))
+    mass = np.exp(targets.logprobs[order].astype(np.float64))
+    summed = np.concatenate([[0.0], np.cumsum(mass)])[:-1]
+    starts = targets.offsets[:-1][position]
+    stays = np.zeros(len(order), dtype=bool)
+    stays[order] = (summed - summed[starts] < top_p) | (np.arange(len(order)) == starts)
+    return keep_entries(targets, stays)
+
+
 def keep_temperatures(targets: SparseTargets, temperatures: tuple[float, ...]) -> SparseTargets:
     """Only some of the declared temperatures. An entry that was drawn at none of them goes; its mass joins the tail.
 

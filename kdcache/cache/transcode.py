@@ -1,4 +1,4 @@
-"""One cache made from another: fewer entries, fewer temperatures, another codec or quality, another store. Never the teacher.
+"""One cache made from another: fewer entries (top_k, top_p), fewer temperatures, another codec or quality, another store. Never the teacher.
 
 A shard of the new cache is a function of the same shard of the old one, so everything that a dump promises holds here: it is
 planned first, committed shard by shard, taken up again where it was stopped, and several processes may work at it. The plan
@@ -41,7 +41,14 @@ from kdcache.config import Options, Temperatures
 from kdcache.errors import CacheCorruptError, ConfigError
 from kdcache.progress import Progress
 from kdcache.specs import DRAWN, CodecSpec, TargetSpec
-from kdcache.targets import SparseTargets, check_alignment, keep_most_probable, keep_temperatures, temperature_index
+from kdcache.targets import (
+    SparseTargets,
+    check_alignment,
+    keep_most_probable,
+    keep_temperatures,
+    keep_top_p,
+    temperature_index,
+)
 
 POLL_SECONDS = 0.5
 
@@ -52,6 +59,10 @@ class TranscodeOptions(Options):
     cache: Annotated[str, Field(description="The cache to take targets from.")]
     output: Annotated[str, Field(description="The new cache.")]
     top_k: Annotated[Annotated[int, Field(ge=1)] | None, Field(description="Keep so many of the entries.")] = None
+    top_p: Annotated[
+        Annotated[float, Field(gt=0, le=1)] | None,
+        Field(description="Keep the fewest entries of a position that have this mass: top_k becomes top_p."),
+    ] = None
     temperatures: Annotated[
         Temperatures | None, Field(description="Keep these of the declared temperatures, 1 among them.")
     ] = None
@@ -122,12 +133,20 @@ def plan_of(source: CacheReader, options: TranscodeOptions) -> Plan:
 
 def _fewer(old: TargetSpec, options: TranscodeOptions) -> TargetSpec:
     changes: dict[str, object] = {}
-    if options.top_k is not None and options.top_k != old.k:
-        if old.scheme in DRAWN:
+    cuts = {"--top-k": (options.top_k, old.k), "--top-p": (options.top_p, old.top_p)}
+    for flag, (asked, before) in cuts.items():
+        if old.scheme in DRAWN and asked not in (None, before):
             raise ConfigError(
-                f"--top-k {options.top_k}: entries of a {old.scheme} cache were drawn, and leaving some out biases the rest",
+                f"{flag} {asked:g}: entries of a {old.scheme} cache were drawn, and leaving some out biases the rest",
                 hint="dump again with fewer draws",
             )
+    if options.top_p is not None and options.top_p != old.top_p:
+        if options.top_p > old.top_p:
+            raise ConfigError(
+                f"--top-p {options.top_p:g}: the cache keeps a mass of {old.top_p:g}", hint="dump again to keep more"
+            )
+        changes |= {"scheme": "top_p", "top_p": options.top_p}
+    if options.top_k is not None and options.top_k != old.k:
         if options.top_k > old.k:
             raise ConfigError(
                 f"--top-k {options.top_k}: the cache keeps {old.k} entries", hint="dump again to keep more"
@@ -176,7 +195,7 @@ def _transcode_shard(source: CacheReader, store: Store, plan: Plan, lease: Lease
         said = old.targets(row, sequence).expand(source.temperatures)
         where = f"{source.store}, shard {shard:05d}, sequence {row}"
         check_alignment(sequence, said, where, 2 * source.codec.logprob_error_bound(said.label_logprobs))
-        targets = change(said, plan.spec.targets)
+        targets = change(said, source.spec.targets, plan.spec.targets)
         frames = codec.encode(targets, sequence.contexts)
         builder.add_frames(sequence, frames)
         sums.add(row, sequence, targets)
@@ -208,10 +227,10 @@ def _copy_shard(source: CacheReader, store: Store, plan: Plan, lease: Lease) -> 
     store.put_if_absent(commit_name(lease.shard), to_json(commit))
 
 
-def change(targets: SparseTargets, spec: TargetSpec) -> SparseTargets:
-    """Targets of one sequence, cut down to what a spec says."""
-    if targets.temperatures != spec.temperatures:
-        targets = keep_temperatures(targets, spec.temperatures)
-    if targets.counts is None and int(targets.num_entries.max(initial=0)) > spec.k:
-        targets = keep_most_probable(targets, spec.k)
-    return targets
+def change(targets: SparseTargets, old: TargetSpec, new: TargetSpec) -> SparseTargets:
+    """Targets of one sequence, cut down from what one spec says to what another says."""
+    if targets.temperatures != new.temperatures:
+        targets = keep_temperatures(targets, new.temperatures)
+    if targets.counts is None and int(targets.num_entries.max(initial=0)) > new.k:
+        targets = keep_most_probable(targets, new.k)
+    return targets if new.top_p == old.top_p else keep_top_p(targets, new.top_p)

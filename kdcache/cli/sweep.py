@@ -17,7 +17,7 @@ from kdcache.sweep import SweepOptions, sweep, table
 @flags_of(SweepOptions)
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON.")
 def command(config: str | None, as_json: bool, **flags: Any) -> None:
-    """Train a student for every combination of some options, all from one cache, and say which is best and what was saved.
+    """Train a student for every combination of some options, from one cache or a few, and say which is best and what was saved.
 
     \b
     kdcache sweep --output S --train cache=C --train student=M --teacher-cache H --grid alpha=0.5,0.7 --grid temperature=1,2

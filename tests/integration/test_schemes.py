@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from kdcache.cache.reader import open_cache
 from kdcache.cache.shard import content_hash
+from kdcache.cache.transcode import TranscodeOptions, transcode
 from kdcache.cli import main
 from kdcache.dump.launch import dump
 from kdcache.errors import CacheMismatchError, ConfigError
@@ -374,3 +375,19 @@ def test_compiled_training_equals_eager(tmp_path, caches, tiny_student):
         run(caches / "top_k", tiny_student, tmp_path / name, max_steps=3, training=training)
         losses[name] = [r["loss"] for r in records(tmp_path / name) if "loss" in r]
     assert losses["compiled"] == pytest.approx(losses["eager"], rel=1e-4)
+
+
+def test_top_p_made_of_top_k_is_what_a_dump_keeps(tiny_teacher, corpus_file, tmp_path):
+    """Without the teacher: the same entries at every position, and tails to rounding."""
+    dump(options(tiny_teacher, corpus_file, tmp_path / "top_k", codec="exact", top_k=12))
+    dump(options(tiny_teacher, corpus_file, tmp_path / "top_p", codec="exact", top_k=12, targets="top_p", top_p=0.3))
+    transcode(TranscodeOptions(cache=str(tmp_path / "top_k"), output=str(tmp_path / "cut"), top_p=0.3))
+    dumped, cut = open_cache(tmp_path / "top_p"), open_cache(tmp_path / "cut")
+    assert cut.spec.targets == dumped.spec.targets
+    for a, b in zip(dumped, cut, strict=True):
+        np.testing.assert_array_equal(a.targets.num_entries, b.targets.num_entries)
+        np.testing.assert_array_equal(a.targets.token_ids, b.targets.token_ids)
+        np.testing.assert_array_equal(a.targets.logprobs, b.targets.logprobs)
+        np.testing.assert_allclose(a.targets.tail_logprobs, b.targets.tail_logprobs, atol=1e-5)
+    sizes = np.concatenate([row.targets.num_entries for row in cut])
+    assert len(np.unique(sizes)) > 3, "cut by mass, not by number"

@@ -54,6 +54,29 @@ def test_every_combination_and_seed_is_a_student_of_its_own(swept, caches):
         assert (Path(given.output) / "students" / folder / "model.safetensors").is_file()
 
 
+def test_schemes_are_compared_over_caches_and_what_they_are_cut_down_to(
+    caches, tiny_teacher, tiny_student, corpus_file, tmp_path
+):
+    """Axes of target schemes: other caches, and a mass of the same one; the teacher ran once for each that was dumped."""
+    dump(options(tiny_teacher, corpus_file, tmp_path / "drawn", targets="systematic", num_draws=8, temperatures="1"))
+    both = f"{caches / 'cache'},{tmp_path / 'drawn'}"
+    given = asked(caches, tiny_student, tmp_path / "out", {"cache": both}, teacher_cache=str(caches / "held"))
+    del given.train["cache"]
+    found = sweep(given)
+    assert not found["failed"] and found["cost"]["num_dumps"] == 2 and "ran 2 times" in table(found)
+    assert sorted(p.name for p in (tmp_path / "out" / "students").iterdir()) == [
+        "cache=cache_seed=0",
+        "cache=drawn_seed=0",
+    ]
+    cut = asked(caches, tiny_student, tmp_path / "cut", {"top_p": "1,0.5", "top_k": "8,4"})
+    made = [student.options.cache for student in plan_students(cut)]
+    assert [Path(next(iter(cache))).name for cache in made] == ["cache", "top_k-4", "top_p-0.5", "top_k-4_top_p-0.5"]
+    assert open_cache(tmp_path / "cut" / "caches" / "top_k-4_top_p-0.5").spec.targets.scheme == "top_p"
+    given.grid["top_k"] = [4]
+    with pytest.raises(ConfigError, match="were drawn"):
+        list(plan_students(given))
+
+
 def test_means_are_over_seeds_and_the_best_comes_first(swept):
     given, found = swept
     kls = [point["mean"]["forward_kl"] for point in found["points"]]

@@ -13,7 +13,7 @@ from kdcache.cache.transcode import TranscodeOptions, plan_of, transcode
 from kdcache.cache.verify import verify_cache
 from kdcache.cli import main
 from kdcache.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, ConfigError
-from kdcache.targets import keep_entries, keep_most_probable, keep_temperatures
+from kdcache.targets import keep_entries, keep_most_probable, keep_temperatures, keep_top_p
 from tests.strategies import all_files, make_plan, make_row, put_shard, targets_from_logits, write_cache, zipf_logits
 
 EXACT = make_plan(codec__name="exact", targets__temperatures=[1.0, 2.0, 4.0])
@@ -49,6 +49,38 @@ def test_fewer_entries_and_temperatures_equal_a_dump_of_them(k, temperatures):
         np.testing.assert_array_equal(found.num_entries, wanted.num_entries)
         np.testing.assert_allclose(found.logprobs, wanted.logprobs, atol=1e-6)
         np.testing.assert_allclose(found.tail_logprobs, wanted.tail_logprobs, atol=2e-5)
+
+
+@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.7, 0.95, 1.0])
+def test_the_fewest_entries_that_have_a_mass(top_p):
+    """Against adding up position by position; a position without entries, and ties, which the lower ids win."""
+    rng = np.random.default_rng(0)
+    logits = np.round(zipf_logits(rng, 40, 300), 1)
+    all_of_them = targets_from_logits(logits, rng.integers(0, 300, 40), 8)
+    kept = np.ones(320, bool)
+    kept[8:16] = False
+    all_of_them = keep_entries(all_of_them, kept)
+    wanted = []
+    for n in range(40):
+        entries = slice(*all_of_them.offsets[n : n + 2])
+        pairs = sorted(zip(-all_of_them.logprobs[entries].astype(float), all_of_them.token_ids[entries], strict=True))
+        mass, some = 0.0, []
+        for cost, token in pairs:
+            if some and mass >= top_p:
+                break
+            some.append(int(token))
+            mass += np.exp(-cost)
+        wanted.append(sorted(some))
+    found = keep_top_p(all_of_them, top_p)
+    assert np.split(found.token_ids, found.offsets[1:-1])[1].size == 0
+    assert [ids.tolist() for ids in np.split(found.token_ids, found.offsets[1:-1])] == wanted
+    for temperature in found.temperatures:  # nothing is lost: what goes joins the tail
+        entries, tail = found.at_temperature(temperature)
+        sums = np.exp(tail.astype(float)) + np.bincount(
+            np.repeat(np.arange(40), found.num_entries), np.exp(entries), 40
+        )
+        np.testing.assert_allclose(sums, 1, atol=1e-5)
+    assert (keep_top_p(found, top_p).token_ids == found.token_ids).all()
 
 
 def test_of_equal_entries_the_lower_ids_stay():
@@ -97,6 +129,19 @@ def test_a_transcoded_cache_is_a_cache(source, tmp_path):
     assert 0 < new.manifest.stats.sum_codec_kl / new.manifest.stats.num_kl_targets < 1e-3
 
 
+def test_top_k_becomes_top_p_and_top_p_smaller(source, tmp_path):
+    new = changed(source, tmp_path, "nine", top_p=0.9)
+    assert (new.spec.targets.scheme, new.spec.targets.k, new.spec.targets.top_p) == ("top_p", 8, 0.9)
+    assert verify_cache(new.store).intact
+    for row, old in zip(new, open_cache(source.root), strict=True):
+        np.testing.assert_array_equal(row.targets.token_ids, keep_top_p(old.targets, 0.9).token_ids)
+    smaller = changed(new.store.root, tmp_path, "five", top_p=0.5, top_k=4)
+    assert smaller.manifest.stats.num_entries < new.manifest.stats.num_entries
+    assert max(int(row.targets.num_entries.max(initial=0)) for row in smaller) <= 4
+    with pytest.raises(ConfigError, match=r"--top-p 0.95: the cache keeps a mass of 0.9"):
+        changed(new.store.root, tmp_path, "more", top_p=0.95)
+
+
 def test_stopped_anywhere_it_ends_in_the_same_bytes(source, tmp_path):
     whole = changed(source, tmp_path, "whole", top_k=3)
     changed(source, tmp_path, "again", top_k=3)
@@ -116,6 +161,7 @@ def test_stopped_anywhere_it_ends_in_the_same_bytes(source, tmp_path):
     ("options", "message"),
     [
         ({"top_k": 9}, "the cache keeps 8 entries"),
+        ({"top_k": 9, "top_p": 0.5}, "the cache keeps 8 entries"),
         ({"temperatures": "1,3"}, "declared are 1, 2, 4"),
     ],
 )
@@ -138,6 +184,8 @@ def test_draws_cannot_be_thinned(tmp_path):
     publish_plan(LocalStore(tmp_path / "drawn"), plan)
     with pytest.raises(ConfigError, match="were drawn"):
         plan_of(Reader(plan), TranscodeOptions(cache="x", output="y", top_k=4))
+    with pytest.raises(ConfigError, match=r"--top-p 0.5: entries of a systematic cache were drawn"):
+        plan_of(Reader(plan), TranscodeOptions(cache="x", output="y", top_p=0.5))
 
 
 class Reader:
