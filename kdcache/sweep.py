@@ -19,6 +19,7 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
+import xxhash
 import yaml
 from pydantic import BeforeValidator, Field
 
@@ -91,12 +92,14 @@ class Student:
         seed: Of the run.
         folder: Its output.
         options: Of ``train-student``.
+        caches: That it learns from, before they were cut down.
     """
 
     point: dict[str, Any]
     seed: int
     folder: Path
     options: TrainOptions
+    caches: tuple[str, ...]
 
 
 def sweep(options: SweepOptions) -> dict[str, Any]:
@@ -141,19 +144,21 @@ def plan_students(options: SweepOptions) -> Iterator[Student]:
             f"--grid {taken[0]}: set once for all, or by the sweep itself",
             hint="--seeds N varies the seed",
         )
-    cut: dict[str, str] = {}
+    cut: dict[str, str] = {}  # by the name of its folder
     for values in product(*options.grid.values()):
         point = dict(zip(options.grid, values, strict=True))
         given = options.train | {name: value for name, value in point.items() if name not in CUTS}
+        whole = given.get("cache")
         if any(name in point for name in CUTS):
-            given["cache"] = _cut_down(options, given.get("cache"), point, cut)
+            given["cache"] = _cut_down(options, whole, point, cut)
         for seed in range(options.seeds):
-            name = "_".join([*(f"{key}={_named(options, key, value)}" for key, value in point.items()), f"seed={seed}"])
+            name = "_".join([*(f"{key}={_named(key, value)}" for key, value in point.items()), f"seed={seed}"])
             folder = Path(options.output) / "students" / name.replace("/", "-").replace(":", "-")
             resolved = check_options(TrainOptions, "train-student", given | {"output": str(folder), "seed": seed})
             if seed == 0:
                 check_recipe(resolved)
-            yield Student(point, seed, folder, resolved)
+            caches = tuple(resolved.cache) if given.get("cache") == whole else (str(whole),)
+            yield Student(point, seed, folder, resolved, caches)
 
 
 def check_recipe(options: TrainOptions) -> None:
@@ -182,7 +187,7 @@ def _cut_down(options: SweepOptions, cache: Any, point: dict[str, Any], made: di
     wanted = {name: point[name] for name in axes if point[name] != getattr(targets, CUTS[name])}
     if not wanted:
         return cache
-    parts = [_named(options, "cache", cache)] if "cache" in options.grid else []
+    parts = [_named("cache", cache)] if "cache" in options.grid else []
     name = "_".join([*parts, *(f"{axis}-{_spelled(value)}" for axis, value in wanted.items())]).replace("/", "-")
     if name not in made:
         made[name] = str(Path(options.output) / "caches" / name)
@@ -190,13 +195,11 @@ def _cut_down(options: SweepOptions, cache: Any, point: dict[str, Any], made: di
     return made[name]
 
 
-def _named(options: SweepOptions, axis: str, value: Any) -> str:
-    """A value of the grid in the name of a folder: of a cache its last part, where that is enough."""
-    if axis == "cache":
-        names = [Path(str(cache)).name for cache in options.grid["cache"]]
-        if len(set(names)) == len(names):
-            return Path(str(value)).name
-    return _spelled(value)
+def _named(axis: str, value: Any) -> str:
+    """A value of the grid in the name of a folder; of a cache its last part, and something of the rest that tells namesakes apart."""
+    if axis != "cache":
+        return _spelled(value)
+    return f"{Path(str(value)).name}-{xxhash.xxh64_hexdigest(str(value).encode())[:6]}"
 
 
 def train_one(student: Student) -> str | None:
@@ -280,20 +283,17 @@ def cost(students: list[Student]) -> dict[str, Any]:
     """What the teacher took once, and what it would have taken beside each student."""
     if not students:
         return {}
-    paths = {path for student in students for path in student.options.cache}
-    readers = [open_cache(path) for path in sorted(paths)]
-    # Caches that were cut down cost the teacher nothing.
-    dumped = [reader for reader in readers if reader.spec.transcoded_from is None] or readers[:1]
-    seconds = sum(commit.seconds for reader in dumped for commit in read_commits(reader.store))
-    rate = sum(reader.manifest.stats.num_positions for reader in dumped) / max(seconds, 1e-9)
+    readers = [open_cache(path) for path in sorted({path for student in students for path in student.caches})]
     tokens = [json.loads((student.folder / RESULTS).read_text())["train_tokens"] for student in students]
+    made = {"num_students": len(students), "train_tokens": sum(tokens), "num_dumps": len(readers)}
+    if any(reader.spec.transcoded_from is not None for reader in readers):
+        return made  # what the teacher took is known where the cache was dumped
+    seconds = sum(commit.seconds for reader in readers for commit in read_commits(reader.store))
+    rate = sum(reader.manifest.stats.num_positions for reader in readers) / max(seconds, 1e-9)
     live = sum(tokens) / rate
-    return {
-        "num_dumps": len(dumped),
+    return made | {
         "dump_seconds": round(seconds, 1),
         "teacher_tokens_per_second": round(rate, 1),
-        "num_students": len(students),
-        "train_tokens": sum(tokens),
         "live_teacher_seconds": round(live, 1),
         "saved_seconds": round(live - seconds, 1),
         "break_even_students": math.ceil(seconds / (live / len(students))) if live else None,
@@ -320,8 +320,12 @@ def table(found: dict[str, Any]) -> str:
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
     spent = found["cost"]
-    lines.append(
-        f"\n{spent['num_students']} students, {spent['train_tokens']:,} tokens. The teacher ran {_times(spent['num_dumps'])}, {spent['dump_seconds']:,.0f} s at "
+    lines.append(f"\n{spent['num_students']} students, {spent['train_tokens']:,} tokens.")
+    if "dump_seconds" not in spent:
+        lines[-1] += " What the teacher took is not known: a cache was made of another (kdcache transcode)"
+        return "\n".join(lines)
+    lines[-1] += (
+        f" The teacher ran {_times(spent['num_dumps'])}, {spent['dump_seconds']:,.0f} s at "
         f"{spent['teacher_tokens_per_second']:,.0f} tokens/s; beside every student it would have run {spent['live_teacher_seconds']:,.0f} s: "
         + (f"{spent['saved_seconds']:,.0f} s saved" if spent["saved_seconds"] >= 0 else f"{-spent['saved_seconds']:,.0f} s not yet earned back")
         + f", earned back with student {spent['break_even_students']}"
@@ -334,7 +338,7 @@ def _times(number: int) -> str:
 
 
 def _spelled(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+    return f"{value:.12g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
 def plot(points: list[dict[str, Any]], axes: list[str], metric: str) -> str:

@@ -6,15 +6,12 @@ requirement, because it holds numpy back to the versions that it knows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
 from kdcache.cache import loops
-
-# No value is NaN where a loop runs, and no zero's sign matters: largest values are then found side by side.
-FAST = {"nnan", "nsz"}
-
 
 # numba takes half a second to load what it compiled before, and some seconds the first time of all: not for a glance at a cache.
 WARM_UP_POSITIONS = 1 << 14
@@ -45,8 +42,21 @@ def _functions() -> Any | None:
     return SimpleNamespace(**{name: _compiled(numba, f) for name, f in functions.items()})
 
 
-def _compiled(numba: Any, function: FunctionType) -> Any:
+def _compiled(numba: Any, function: FunctionType) -> Callable[..., Any]:
+    def in_memory() -> Any:
+        return numba.njit(function, nogil=True, fastmath=loops.FAST)
+
     try:
-        return numba.njit(function, nogil=True, cache=True, fastmath=FAST)
+        dispatcher = numba.njit(function, nogil=True, cache=True, fastmath=loops.FAST)
     except RuntimeError:  # no folder that may be written
-        return numba.njit(function, nogil=True, fastmath=FAST)
+        dispatcher = in_memory()
+
+    def call(*arguments: Any) -> Any:
+        nonlocal dispatcher
+        try:
+            return dispatcher(*arguments)
+        except OSError:  # what was compiled could not be kept: the disk is full; nothing has run yet
+            dispatcher = in_memory()
+            return dispatcher(*arguments)
+
+    return call

@@ -7,7 +7,8 @@ Only what a compiler of array loops takes is used here: no classes, no keywords,
 **The order of columns** (:class:`kdcache.cache.packed.ColumnOrder`): entries by rank, then by position. Going through positions in
 order, rank by rank, each rank is a stream that is read or written front to back, so one cursor for each rank is all that is kept.
 
-Nothing checks an index: callers know the length of every array from the plan and from the arrays read before it.
+Nothing checks an index. Callers vouch for what each relies upon: as many entries as ``num_entries`` adds up to (a frame's exact count on
+reading, :class:`~kdcache.targets.SparseTargets` on writing), a context for each position, ids below the size of the vocabulary.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ import numpy.typing as npt
 Bytes = npt.NDArray[np.uint8]
 Numbers = npt.NDArray[np.uint32]
 Floats = npt.NDArray[np.float32]
+
+# No value is NaN where a loop runs, and no zero's sign matters: largest values are then found side by side. Here and not beside the
+# compiler, because what was compiled is kept until this file changes.
+FAST = {"nnan", "nsz"}
 Entries = npt.NDArray[np.uint8] | npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
 # Gaps below GAP_SMALL take one byte, others a byte and a low byte, those past the escape four bytes more.
@@ -34,7 +39,7 @@ for _byte in range(256):
 
 
 def cursors(num_entries: Numbers) -> npt.NDArray[np.int64]:
-    """``[k]``: where each rank begins among columns."""
+    """``[k + 1]``: where each rank begins among columns, and where the last ends."""
     k = 0
     for count in num_entries:
         k = max(k, np.int64(count))
@@ -288,24 +293,26 @@ def sorted_entries(
     return order, numbers
 
 
-def split_ids(ids: Numbers, num_entries: Numbers) -> tuple[Bytes, Numbers, Numbers]:
-    """:func:`packed.split_ids`."""
+def split_ids(ids: Numbers, num_entries: Numbers) -> tuple[Bytes, Numbers, Numbers, bool]:
+    """:func:`packed.split_ids`, and whether ids ascend inside each position."""
     n = len(num_entries)
     bits = np.zeros((NUM_BITS // 8, n), dtype=np.uint8)
     rest, num_rest = np.empty(len(ids), dtype=np.uint32), np.empty(n, dtype=np.uint32)
-    e, other = 0, 0
+    e, other, ascend = 0, 0, True
     for p in range(n):
-        before = other
+        start, before = other, -1
         for _ in range(num_entries[p]):
             number = np.int64(ids[e])
+            ascend &= number > before
+            before = number
             if number < NUM_BITS:
                 bits[number >> 3, p] |= 128 >> (number & 7)
             else:
                 rest[other] = number - NUM_BITS
                 other += 1
             e += 1
-        num_rest[p] = other - before
-    return bits, rest[:other], num_rest
+        num_rest[p] = other - start
+    return bits, rest[:other], num_rest, ascend
 
 
 def column_gaps(ids: Numbers, num_entries: Numbers, starts: npt.NDArray[np.int64]) -> tuple[Numbers, bool]:

@@ -198,10 +198,12 @@ def split_ids(
         ``NUM_BITS``; ``[N]`` how many of them each position has.
     """
     if loops := compiled():
-        bits, others, num_rest = loops.split_ids(token_ids, num_entries)
+        bits, others, num_rest, ascend = loops.split_ids(token_ids, num_entries)
+        assert ascend, "token ids ascend inside a position"
         return bits, others, num_rest
     n = len(num_entries)
     few = token_ids < NUM_BITS
+    assert len(id_gaps(token_ids, num_entries)) == len(token_ids), "token ids ascend inside a position"
     bits = np.zeros((n, NUM_BITS), dtype=np.uint8)
     bits[np.repeat(np.arange(n), num_entries)[few], token_ids[few]] = 1
     rest = num_entries - bits.sum(axis=1, dtype=np.uint32)

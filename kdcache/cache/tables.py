@@ -31,6 +31,8 @@ from kdcache.targets import SparseTargets, UIntArray
 MAX_RANK = 1 << 13
 MAX_BYTES = 256 << 20
 MAX_VOCAB = 1 << 20
+# Two bytes each in memory, once something is encoded.
+MAX_CODES = 1 << 29
 COUNT_AT_ONCE = 1 << 24
 SORT_AT_ONCE = 512
 # Rows are sorted side by side where they are not much longer than what they hold.
@@ -128,12 +130,16 @@ class IdTables:
             and len(contexts) == len(lists)
             and bool((np.diff(contexts.astype(np.int64)) > 0).all())
             and int(contexts.max(initial=0)) < vocab_size
+            and (len(contexts) + 1) * num_ranks <= MAX_CODES
             and lists.shape[1] <= num_ranks
             and int(lists.max(initial=0)) < num_ranks
             and bool((np.diff(np.sort(lists, axis=1).astype(np.int32), axis=1) > 0).all())
         )
         if not sound:
-            raise CacheCorruptError(f"{where}: not an order of {vocab_size} tokens with lists of its first {num_ranks}")
+            raise CacheCorruptError(
+                f"{where}: not an order of {vocab_size} tokens with lists of its first {num_ranks}, for at most "
+                f"{MAX_CODES // num_ranks - 1} tokens"
+            )
         return cls(order, contexts, lists)
 
     @property
@@ -150,6 +156,7 @@ class IdTables:
             num_entries: ``[N]``.
             contexts: ``[N]``, the token before each position.
         """
+        _check_as_many(contexts, num_entries)
         table = self._code_table
         if loops := compiled():
             rows = self._rows[contexts]
@@ -177,6 +184,7 @@ class IdTables:
         Raises:
             CacheCorruptError: A code that no id has.
         """
+        _check_as_many(contexts, num_entries)
         rows = self._rows[contexts]
         if loops := compiled():
             frequent = order.by_frequency.astype(np.uint32)
@@ -211,6 +219,12 @@ class IdTables:
         np.put_along_axis(codes[:-1], self.lists.astype(np.intp), np.arange(length, dtype=np.uint16)[None], axis=1)
         codes[-1, :length] = np.arange(length)
         return codes
+
+
+def _check_as_many(contexts: UIntArray, num_entries: UIntArray) -> None:
+    """Compiled loops do not look where one of them ends."""
+    if len(contexts) != len(num_entries):
+        raise ValueError(f"{len(num_entries)} positions and {len(contexts)} tokens before them")
 
 
 def _places(items: UIntArray, size: int, missing: int = 0) -> npt.NDArray[np.int32]:

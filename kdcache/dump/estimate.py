@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from kdcache.cache import jit
 from kdcache.cache.codec import Codec
 from kdcache.cache.manifest import CacheSpec
 from kdcache.cache.shard import ShardBuilder
@@ -119,14 +120,12 @@ class Pilot:
         num_positions: Of all sequences.
         teacher_seconds: Of trunk and logits alone, a token.
         schemes: In the order of the trials.
-        num_splits: Batches halved because memory ran out.
     """
 
     stored: list[tuple[TokenSequence, SparseTargets]]
     num_positions: int
     teacher_seconds: float
     schemes: list[SchemeEstimate]
-    num_splits: int
 
 
 def run_pilot(
@@ -157,6 +156,8 @@ def run_pilot(
 
         return engine.halving(read_some, slice(0, len(indices)), refusal)
 
+    if len(batches) <= 2:  # too few to leave out the first, which also warms everything up
+        read(batches[0], partial(_time, engine, [sequences[i] for i in batches[0]]))
     total = sum(len(sequence) for sequence in sequences)
     with Progress("pilot", total) as progress:
         for indices in batches:
@@ -164,9 +165,6 @@ def run_pilot(
             timed += read(indices, partial(_read, engine, trials, batch, names))
             done = sum(tokens for tokens, _ in timed)
             progress.update(done, f"{done:,}/{total:,} tokens")
-    if len(timed) <= 2:  # too few to leave out the first, which also warms everything up
-        first = [sequences[i] for i in batches[0]]
-        timed = read(batches[0], partial(_time, engine, first))
     schemes, stored = [], list[tuple[TokenSequence, SparseTargets]]()
     for trial in trials:
         estimate, some = _estimate(trial, size, engine)
@@ -178,7 +176,6 @@ def run_pilot(
         num_positions=total,
         teacher_seconds=_a_token(timed),
         schemes=schemes,
-        num_splits=engine.num_splits,
     )
 
 
@@ -310,7 +307,9 @@ def _estimate(
             t.numel() * t.element_size() for t in (engine.head.weight, engine.head.bias) if t is not None
         )
     builder, empty = (ShardBuilder(codec, spec.fingerprint, 0) for _ in range(2))
-    codec.encode(tried[0][1], tried[0][0].contexts)  # what is made once a process is not a token's
+    # What is made once a process is not a token's; and a dump of this size compiles its loops.
+    jit.note(size.num_positions)
+    codec.encode(tried[0][1], tried[0][0].contexts)
     started = time.monotonic()
     frames = [codec.encode(targets, sequence.contexts) for sequence, targets in tried]
     for (sequence, _), frame in zip(tried, frames, strict=True):

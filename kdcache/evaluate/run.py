@@ -196,7 +196,7 @@ def _training_record(name: str) -> dict[str, Any]:
 
 
 def _phases(rows: list[tuple[str, Metrics]]) -> dict[str, Any]:
-    """Of several seeds the times are those of all together; of several caches the first student's is told of."""
+    """Of several seeds the times are those of all together; of several caches that of the first row is told of, a student's where it has one."""
     phases: dict[str, Any] = {}
     for role, metrics in rows:
         if cache := metrics.extra.get("cache"):

@@ -327,7 +327,7 @@ def watch_loops(sound: list[Path]) -> bool:
         return False
     functions = {name: f for name, f in vars(loops).items() if isinstance(f, FunctionType)}
     # Compiled in memory: those that are attacked may write nowhere.
-    watched = {name: numba.njit(f, boundscheck=True, fastmath=jit.FAST) for name, f in functions.items()}
+    watched = {name: numba.njit(f, boundscheck=True, fastmath=loops.FAST) for name, f in functions.items()}
     jit._functions = lambda: SimpleNamespace(**watched)
     use_loops(True)
     for path in sound:

@@ -9,11 +9,13 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from tests.abuse.hostile import campaign
+from tests.golden.make import GOLDEN
 from tests.strategies import make_plan, write_cache
 root = Path(sys.argv[1])
 sound = [root / "packed", root / "exact"]
 for path in sound:
     write_cache(path, make_plan(codec__name=path.name))
+sound += [GOLDEN / name for name in ("packed-top_k-id-tables", "packed-frequencies-id-tables", "packed-sampled")]
 print(json.dumps(campaign(sound, root, number=25, seed=0)))
 """
 

@@ -1,6 +1,7 @@
 """A grid of students from one cache: what is trained, taken up again, summed up, refused."""
 
 import json
+import shutil
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from click.testing import CliRunner
 
 from kdcache.cache.commit import read_commits
 from kdcache.cache.reader import open_cache
+from kdcache.cache.transcode import TranscodeOptions, transcode
 from kdcache.cli import main
 from kdcache.dump.launch import dump
 from kdcache.errors import ConfigError
@@ -64,10 +66,10 @@ def test_schemes_are_compared_over_caches_and_what_they_are_cut_down_to(
     del given.train["cache"]
     found = sweep(given)
     assert not found["failed"] and found["cost"]["num_dumps"] == 2 and "ran 2 times" in table(found)
-    assert sorted(p.name for p in (tmp_path / "out" / "students").iterdir()) == [
-        "cache=cache_seed=0",
-        "cache=drawn_seed=0",
-    ]
+    names = sorted(p.name for p in (tmp_path / "out" / "students").iterdir())
+    assert [name.split("-")[0] for name in names] == ["cache=cache", "cache=drawn"]
+    seconds = sum(c.seconds for path in both.split(",") for c in read_commits(open_cache(path).store))
+    assert found["cost"]["dump_seconds"] == pytest.approx(seconds, abs=0.06)
     cut = asked(caches, tiny_student, tmp_path / "cut", {"top_p": "1,0.5", "top_k": "8,4"})
     made = [student.options.cache for student in plan_students(cut)]
     assert [Path(next(iter(cache))).name for cache in made] == ["cache", "top_k-4", "top_p-0.5", "top_k-4_top_p-0.5"]
@@ -75,6 +77,31 @@ def test_schemes_are_compared_over_caches_and_what_they_are_cut_down_to(
     given.grid["top_k"] = [4]
     with pytest.raises(ConfigError, match="were drawn"):
         list(plan_students(given))
+
+
+def test_namesakes_are_told_apart_and_what_they_cost_is_that_of_their_dumps(caches, tiny_student, tmp_path):
+    """Two caches of one name, cut down: two cut caches, in folders that a third one does not rename."""
+    for folder in ("a", "b"):
+        shutil.copytree(caches / "cache", tmp_path / folder / "cache")
+    paths = [str(tmp_path / folder / "cache") for folder in ("a", "b")]
+    given = asked(caches, tiny_student, tmp_path / "out", {"cache": paths, "top_k": "4,8"})
+    del given.train["cache"]
+    students = list(plan_students(given))
+    assert len({student.folder for student in students}) == 4
+    assert len({next(iter(student.options.cache)) for student in students}) == 4
+    assert {student.caches for student in students} == {(path,) for path in paths}
+    given.grid["cache"].append(str(caches / "cache"))
+    more = list(plan_students(given))
+    assert {student.folder for student in students} < {student.folder for student in more}
+
+
+def test_the_cost_of_a_cache_made_of_another_is_not_known(caches, tiny_student, tmp_path):
+    transcode(TranscodeOptions(cache=str(caches / "cache"), output=str(tmp_path / "small"), top_k=4))
+    given = asked(caches, tiny_student, tmp_path / "out", {"alpha": "1"}, train={"cache": str(tmp_path / "small")},
+                  teacher_cache=str(caches / "held"))  # fmt: skip
+    found = sweep(given)
+    assert "dump_seconds" not in found["cost"] and found["cost"]["num_students"] == 1
+    assert "not known: a cache was made of another" in table(found)
 
 
 def test_means_are_over_seeds_and_the_best_comes_first(swept):

@@ -40,7 +40,7 @@ def outcome(call):
     if isinstance(found, dict):
         return found
     fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
-    return {name: (x.dtype.kind, x.shape, x.tolist()) if isinstance(x, np.ndarray) else x for name, x in fields.items()}
+    return {name: (x.dtype.str, x.shape, x.tolist()) if isinstance(x, np.ndarray) else x for name, x in fields.items()}
 
 
 def assert_forms_agree(call):
@@ -84,11 +84,22 @@ def test_frequencies_are_the_same(num_draws, n, seed):
 @given(st.data())
 def test_what_was_tampered_with_is_refused_alike(data):
     """Frames that are whole, of contents that were changed anywhere: refused by both forms, or read alike."""
-    targets = data.draw(sparse_targets(300, num_targets=9))
     contexts = np.arange(9, dtype=np.uint32)
+    kind = data.draw(st.sampled_from(["plain", "tables", "counts", "frequencies"]))
+    if kind == "frequencies":
+        targets = frequencies_of(
+            np.random.default_rng(data.draw(st.integers(0, 99))).zipf(1.4, (9, 30)).clip(1, 299), 2.0
+        )
+    else:
+        targets = data.draw(sparse_targets(300, num_targets=9))
     codec = Codec("packed", 300, targets.temperatures, 70)
-    if data.draw(st.booleans()):
+    if kind == "tables":
         codec = dataclasses.replace(codec, id_tables=tables_for(targets, contexts, 300, 5))
+    if kind == "counts":
+        drawn = np.resize(np.arange(1, 30, dtype=np.uint16), (len(targets.token_ids), len(targets.temperatures)))
+        targets, codec = dataclasses.replace(targets, counts=drawn), dataclasses.replace(codec, num_draws=40)
+    if kind == "frequencies":
+        codec = dataclasses.replace(codec, num_draws=30, frequencies=True)
     frames = codec.encode(targets, contexts)
     name = data.draw(st.sampled_from(sorted(frames)))
     content = bytearray(decompress(frames[name], max_bytes=1 << 20, what="x"))
@@ -109,15 +120,37 @@ def test_ids_at_the_end_of_32_bits(ids):
     assert codec.decode(codec.encode(targets), 1, "x").token_ids.tolist() == ids
 
 
-def test_repeated_ids_are_a_mistake_of_the_caller():
-    codec = Codec("packed", 1 << 32, (1.0,), 2)
-    targets = SparseTargets(
-        (1.0,), np.array([2], np.uint32), np.array([7, 7], np.uint32), np.full(2, -1, np.float32),
+def repeated(token: int) -> SparseTargets:
+    return SparseTargets(
+        (1.0,), np.array([2], np.uint32), np.array([token, token], np.uint32), np.full(2, -1, np.float32),
         np.full((1, 1), -1, np.float32), *(np.full(1, -1, np.float32) for _ in range(3)),
     )  # fmt: skip
-    for call in (lambda: codec.encode(targets), lambda: with_numpy(lambda: codec.encode(targets))):
+
+
+@pytest.mark.parametrize("with_tables", [False, True])
+@pytest.mark.parametrize("token", [7, 250])
+def test_repeated_ids_are_a_mistake_of_the_caller(token, with_tables):
+    before = np.zeros(1, np.uint32)
+    tables = tables_for(dataclasses.replace(repeated(7), token_ids=np.array([7, 8], np.uint32)), before, 300, 0)
+    codec = Codec("packed", 300, (1.0,), 2, id_tables=tables if with_tables else None)
+    for call in (
+        lambda: codec.encode(repeated(token), before),
+        lambda: with_numpy(lambda: codec.encode(repeated(token), before)),
+    ):
         with pytest.raises(AssertionError, match="ascend"):
             call()
+
+
+def test_a_token_before_each_position_or_none_is_read():
+    """Compiled loops do not look where an array ends."""
+    targets = dataclasses.replace(repeated(7), token_ids=np.array([7, 8], np.uint32))
+    codec = Codec("packed", 300, (1.0,), 2, id_tables=tables_for(targets, np.zeros(1, np.uint32), 300, 1))
+    frames = codec.encode(targets, np.zeros(1, np.uint32))
+    for contexts in (np.zeros(0, np.uint32), np.zeros(2, np.uint32)):
+        with pytest.raises(ValueError, match="1 positions and"):
+            codec.encode(targets, contexts)
+        with pytest.raises(ValueError, match="1 positions and"):
+            codec.decode(frames, 1, "x", contexts)
 
 
 def test_nothing_is_cached_where_nothing_may_be_written(monkeypatch):
@@ -134,6 +167,31 @@ def test_nothing_is_cached_where_nothing_may_be_written(monkeypatch):
 
     Numba.njit = staticmethod(njit)
     assert jit._compiled(Numba, lambda x: x + 1)(1) == 2
+
+
+def test_a_full_disk_does_not_end_a_dump():
+    """What was compiled cannot be kept: it is used all the same."""
+    import numba
+
+    calls = []
+
+    def njit(function, **options):
+        calls.append(options.pop("cache", False))
+        if not calls[-1]:
+            return numba.njit(function, **options)
+
+        def full(*arguments):
+            raise OSError(28, "No space left on device")
+
+        return full
+
+    class Numba:
+        pass
+
+    Numba.njit = staticmethod(njit)
+    double = jit._compiled(Numba, lambda x: x + x)
+    assert double(1) == 2 and double(2) == 4
+    assert calls == [True, False]
 
 
 def test_without_numba_there_is_nothing_compiled(monkeypatch):

@@ -153,6 +153,14 @@ def test_hostile_tables_are_refused(change):
         IdTables.from_bytes(safetensors.numpy.save(good() | change), 300, "here")
 
 
+def test_lists_for_more_tokens_than_can_be_held_at_work():
+    """A few hundred KB on disk that would take a GiB and more once something is encoded."""
+    order, contexts = np.arange(70_000, dtype=np.uint32), np.arange(66_000, dtype=np.uint32)
+    arrays = {"order": order, "contexts": contexts, "lists": np.zeros((66_000, 0), np.uint16)}
+    with pytest.raises(CacheCorruptError, match="for at most 65535 tokens"):
+        IdTables.from_bytes(safetensors.numpy.save(arrays), 70_000, "here")
+
+
 @pytest.mark.parametrize("data", [b"", b"x" * 100, b"\xff" * 8 + b"{}", safetensors.numpy.save({})])
 def test_junk_is_refused(data):
     with pytest.raises(CacheCorruptError):
