@@ -142,7 +142,7 @@ def plan_students(options: SweepOptions) -> Iterator[Student]:
     if taken := [name for name in options.grid if name in OURS or name in options.train]:
         raise ConfigError(
             f"--grid {taken[0]}: set once for all, or by the sweep itself",
-            hint="--seeds N varies the seed",
+            hint=f"leave it out of --train {taken[0]}" if taken[0] in options.train else "--seeds N varies the seed",
         )
     cut: dict[str, str] = {}  # by the name of its folder
     for values in product(*options.grid.values()):
