@@ -216,6 +216,9 @@ class RemoteStore:
 
         def cat(fs: Any, root: str) -> list[bytes]:
             parts = fs.cat_ranges([f"{root}/{name}" for name in names], list(starts), list(ends), on_error="raise")
+            for part in parts:
+                if isinstance(part, BaseException):  # older s3fs hands it back instead
+                    raise part
             return [bytes(part) for part in parts]
 
         answer: list[bytes] = self._ask(f"read {names[0]}", cat)

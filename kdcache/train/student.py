@@ -93,6 +93,8 @@ def _random_student(options: InitOptions) -> PreTrainedModel:
             )
     try:
         for name, value in options.shape.items():
+            if type(getattr(config, name, None)) is int and type(value) is not int:  # older transformers take anything
+                raise ConfigError(f"--shape {name}={value}: a whole number was expected")
             setattr(config, name, value)
     except StrictDataclassError as error:
         raise ConfigError(f"--shape {name}={value}: {error.__cause__ or error!s}") from error

@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from kdcache.cli import COMMANDS, main
+from tests.conftest import validates_configs
 
 ROOT = Path(__file__).parents[2]
 
@@ -145,7 +146,8 @@ BAD = [
     (["init-student", "--from", "{teacher}", "--output", "{tmp}/o"], "--layers and --shape"),
     (["init-student", "--from", "{teacher}", "--output", "{tmp}/o", "--layers", "99"], "the teacher has 2"),
     (["init-student", "--from", "{teacher}", "--output", "{tmp}/o", "--shape", "hiden_size=16"], "did you mean hidden_size"),
-    (["init-student", "--from", "{teacher}", "--output", "{tmp}/o", "--shape", "hidden_size=33"], "no such llama model"),
+    pytest.param(["init-student", "--from", "{teacher}", "--output", "{tmp}/o", "--shape", "hidden_size=33"],
+                 "no such llama model", marks=validates_configs),
     (["init-student", "--from", "{teacher}", "--output", "{tmp}/o", "--shape", "hidden_size=abc"], "hidden_size"),
     (["init-student", "--from", "{teacher}", "--output", "{teacher}", "--layers", "1"], "is the teacher itself"),
     (["train-student", "--cache", "{cache}", "--student", "{teacher}", "--output", "{cache}"], "is a cache"),

@@ -12,7 +12,7 @@ from kdcache.errors import ConfigError
 from kdcache.train.options import InitOptions
 from kdcache.train.student import init_student
 from kdcache.train.width import keep_heads
-from tests.conftest import VOCAB_SIZE, make_tokenizer
+from tests.conftest import VOCAB_SIZE, make_tokenizer, validates_configs
 
 IDS = torch.arange(40)[None] * 7 % VOCAB_SIZE
 SHAPE = {
@@ -165,7 +165,9 @@ BAD = [
     ({"num_attention_heads": 3}, "2 query heads for each", "multiple of 2"),
     ({"num_attention_heads": 3, "num_key_value_heads": 2}, "equal groups", "multiple of 2"),
     ({"num_attention_heads": 4, "num_key_value_heads": 1}, "at most 2", "multiple of 2"),
-    ({"hidden_size": 25}, "no such llama model", "multiple of num_attention_heads"),
+    pytest.param(
+        {"hidden_size": 25}, "no such llama model", "multiple of num_attention_heads", marks=validates_configs
+    ),
     ({"hidden_size": 24, "shape": {"hidden_size": 24}}, "--layers and --shape", "random weights"),
 ]
 

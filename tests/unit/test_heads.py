@@ -153,10 +153,10 @@ def test_a_file_that_holds_no_head_is_refused(tensors):
 
 @pytest.mark.parametrize(("dtype", "num_bytes"), [("F4", 8), ("F6_E2M3", 12), ("F8_E8M0", 16)])
 def test_a_dtype_that_torch_does_not_read_is_refused(dtype, num_bytes):
-    """Valid safetensors, whose reader for torch raises KeyError."""
+    """Valid safetensors, whose reader for torch raises KeyError; older ones do not know the dtype at all."""
     entry = {"dtype": dtype, "shape": [4, 4], "data_offsets": [0, num_bytes]}
     header = json.dumps({"weight": entry}).encode()
-    with pytest.raises(CacheCorruptError, match=f"tensors were expected, found '{dtype}'"):
+    with pytest.raises(CacheCorruptError, match=f"tensors were expected, found '{dtype}'|not a safetensors file"):
         OutputHead.from_bytes(len(header).to_bytes(8, "little") + header + bytes(num_bytes))
 
 

@@ -203,7 +203,7 @@ def _uniforms(spec: TargetSpec, names: Sequence[int], starts: Sequence[int], ste
 
 def _seed(seed: int, name: int) -> int:
     """One number of 63 bits from two, well mixed: numpy's SeedSequence."""
-    return int(np.random.SeedSequence([seed, name]).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence([seed, name]).generate_state(1, np.uint64)[0]) >> 1
 
 
 def _stack(steps: list[Selected]) -> Selected:
