@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,20 +77,32 @@ def start(options: dict[str, Any], rank: int, world_size: int, before: Callable[
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         if not os.environ.get("KDCACHE_CRASH_DEBUG"):
-            os.dup2(null, 2)
+            said_by(options, rank).parent.mkdir(parents=True, exist_ok=True)
+            os.dup2(os.open(said_by(options, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
         before()
         dump_here(options)
         code = 0
+    except BaseException:  # noqa: BLE001
+        traceback.print_exc()
     finally:
         os._exit(code)
+
+
+def said_by(options: dict[str, Any], rank: int) -> Path:
+    """What a worker writes to standard error, beside the cache."""
+    return Path(f"{options['output']}.{rank}.stderr")
 
 
 def run_to_the_end(options: dict[str, Any], world_size: int = 1) -> None:
     """An undisturbed dump, in processes of its own."""
     children = [start(options, rank, world_size) for rank in range(world_size)]
     codes = [wait(child) for child in children]
-    assert codes == [0] * world_size, f"an undisturbed dump ended with {codes}"
+    if codes != [0] * world_size:
+        said = [said_by(options, rank) for rank, code in enumerate(codes) if code and said_by(options, rank).exists()]
+        raise AssertionError(
+            f"an undisturbed dump ended with {codes}:\n" + "\n".join(file.read_text()[-1500:] for file in said)
+        )
 
 
 def run_and_kill(options: dict[str, Any], world_size: int, after_seconds: float, victims: int) -> int:
