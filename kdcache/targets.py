@@ -220,11 +220,10 @@ def keep_entries(targets: SparseTargets, kept: BoolArray) -> SparseTargets:
 
 def keep_most_probable(targets: SparseTargets, k: int) -> SparseTargets:
     """The k most probable entries of each position; of equal ones the lower ids."""
-    position = np.repeat(np.arange(len(targets)), targets.num_entries)
-    order = np.lexsort((targets.token_ids, -targets.logprobs, position))
-    rank = np.empty(len(order), dtype=np.int64)
-    rank[order] = np.arange(len(order)) - targets.offsets[:-1][position]
-    return keep_entries(targets, rank < k)
+    order, starts = _most_probable_first(targets)
+    stays = np.empty(len(order), dtype=bool)
+    stays[order] = np.arange(len(order)) - starts < k
+    return keep_entries(targets, stays)
 
 
 def keep_top_p(targets: SparseTargets, top_p: float) -> SparseTargets:
@@ -232,14 +231,19 @@ def keep_top_p(targets: SparseTargets, top_p: float) -> SparseTargets:
 
     An entry stays if those before it have less than ``top_p``, as in nucleus sampling (1904.09751).
     """
+    order, starts = _most_probable_first(targets)
+    mass = np.exp(targets.logprobs[order].astype(np.float64))
+    before = np.concatenate([[0.0], np.cumsum(mass)])[:-1]
+    stays = np.empty(len(order), dtype=bool)
+    stays[order] = (before - before[starts] < top_p) | (np.arange(len(order)) == starts)
+    return keep_entries(targets, stays)
+
+
+def _most_probable_first(targets: SparseTargets) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """``[E]``: entries by position and probability, of equal ones the lower ids first; and where the position of each begins."""
     position = np.repeat(np.arange(len(targets)), targets.num_entries)
     order = np.lexsort((targets.token_ids, -targets.logprobs, position))
-    mass = np.exp(targets.logprobs[order].astype(np.float64))
-    summed = np.concatenate([[0.0], np.cumsum(mass)])[:-1]
-    starts = targets.offsets[:-1][position]
-    stays = np.zeros(len(order), dtype=bool)
-    stays[order] = (summed - summed[starts] < top_p) | (np.arange(len(order)) == starts)
-    return keep_entries(targets, stays)
+    return order, targets.offsets[:-1][position]
 
 
 def keep_temperatures(targets: SparseTargets, temperatures: tuple[float, ...]) -> SparseTargets:

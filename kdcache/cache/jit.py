@@ -38,8 +38,13 @@ def _functions() -> Any | None:
         import numba
     except ImportError:
         return None
-    functions = {name: f for name, f in vars(loops).items() if isinstance(f, FunctionType)}
-    return SimpleNamespace(**{name: _compiled(numba, f) for name, f in functions.items()})
+    return each_loop(lambda function: _compiled(numba, function))
+
+
+def each_loop(compile_one: Callable[[FunctionType], Callable[..., Any]]) -> SimpleNamespace:
+    """Every function of :mod:`kdcache.cache.loops`, compiled."""
+    functions = {name: value for name, value in vars(loops).items() if isinstance(value, FunctionType)}
+    return SimpleNamespace(**{name: compile_one(function) for name, function in functions.items()})
 
 
 def _compiled(numba: Any, function: FunctionType) -> Callable[..., Any]:

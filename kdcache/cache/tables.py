@@ -251,8 +251,7 @@ def sorted_by(targets: SparseTargets, numbers: UIntArray) -> SparseTargets:
     """Entries sorted by a number each, inside each position; the numbers take the place of the ids."""
     order, numbers = _sorted_inside(targets.num_entries, numbers)
     counts = None if targets.counts is None else targets.counts[order]
-    logprobs = targets.logprobs.take(order)
-    return replace(targets, token_ids=numbers, logprobs=logprobs, counts=counts)
+    return replace(targets, token_ids=numbers, logprobs=targets.logprobs.take(order), counts=counts)
 
 
 def _sorted_inside(num_entries: UIntArray, numbers: UIntArray) -> tuple[npt.NDArray[np.int64], UIntArray]:

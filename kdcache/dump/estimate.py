@@ -157,7 +157,7 @@ def run_pilot(
         return engine.halving(read_some, slice(0, len(indices)), refusal)
 
     if len(batches) <= 2:  # too few to leave out the first, which also warms everything up
-        read(batches[0], partial(_time, engine, [sequences[i] for i in batches[0]]))
+        read(batches[0], partial(_warm_up, engine, [sequences[i] for i in batches[0]]))
     total = sum(len(sequence) for sequence in sequences)
     with Progress("pilot", total) as progress:
         for indices in batches:
@@ -214,14 +214,12 @@ def _read(
 
 
 @torch.inference_mode()
-def _time(engine: TransformersEngine, batch: list[TokenSequence], rows: slice) -> list[tuple[int, float]]:
-    """Tokens of some of a batch, and the seconds of the teacher alone."""
-    clock, batch = _clock(engine), batch[rows]
-    started = clock()
-    read = engine.read(batch)
-    for chunk in read.chunks(engine.chunk_positions):
-        read.logits(chunk)
-    return [(sum(len(sequence) for sequence in batch), clock() - started)]
+def _warm_up(engine: TransformersEngine, batch: list[TokenSequence], some: slice) -> list[tuple[int, float]]:
+    """Read some of a batch, for nothing but to have done so."""
+    read = engine.read(batch[some])
+    for rows in read.chunks(engine.chunk_positions):
+        read.logits(rows)
+    return []
 
 
 def _a_token(timed: list[tuple[int, float]]) -> float:

@@ -16,7 +16,6 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -325,10 +324,9 @@ def watch_loops(sound: list[Path]) -> bool:
         import numba
     except ImportError:
         return False
-    functions = {name: f for name, f in vars(loops).items() if isinstance(f, FunctionType)}
     # Compiled in memory: those that are attacked may write nowhere.
-    watched = {name: numba.njit(f, boundscheck=True, fastmath=loops.FAST) for name, f in functions.items()}
-    jit._functions = lambda: SimpleNamespace(**watched)
+    watched = jit.each_loop(lambda function: numba.njit(function, boundscheck=True, fastmath=loops.FAST))
+    jit._functions = lambda: watched
     use_loops(True)
     for path in sound:
         for row in open_cache(path):
