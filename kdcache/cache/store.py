@@ -16,6 +16,7 @@ import mmap
 import os
 import re
 import socket
+import stat
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -218,7 +219,7 @@ class LocalStore:
         folder = self.root / TEMPORARY
         path = folder / f"{hostname()}~{os.getpid()}~{uuid.uuid4().hex}"
         while True:
-            folder.mkdir(parents=True, exist_ok=True)
+            _make_folder(folder)
             try:
                 with open(path, "xb") as file:
                     file.write(data)
@@ -272,12 +273,23 @@ def _unreadable(path: Path, error: OSError) -> KDCacheError:
 def _place(act: Callable[[Path, Path], None], temporary: Path, target: Path) -> None:
     """Give a written file its name, in a folder that a peer may tidy away at any moment while it is empty."""
     while True:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(target.parent)
         try:
             return act(temporary, target)
         except FileNotFoundError:
             if not temporary.exists():
                 raise
+
+
+def _make_folder(folder: Path) -> None:
+    """A folder is there when this returns, or was: a peer may tidy it away at any moment while it is empty."""
+    while True:
+        try:
+            return folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:  # no folder stands there, or one did and was gone when mkdir looked what it was
+            with contextlib.suppress(FileNotFoundError):
+                if not stat.S_ISDIR(folder.lstat().st_mode):
+                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from error
 
 
 def _sync_folder(folder: Path) -> None:

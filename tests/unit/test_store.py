@@ -194,6 +194,40 @@ def test_a_folder_that_a_peer_tidies_away_is_made_again(store, monkeypatch, act,
     assert all_files(store.root) == {"leases/00000.json": b"1"}
 
 
+@pytest.mark.parametrize("act", ["put_if_absent", "replace"])
+@pytest.mark.parametrize("folder", ["tmp", "leases"])
+def test_a_folder_that_goes_while_it_is_made_is_made_again(store, monkeypatch, act, folder):
+    """A peer removes its empty folder between mkdir's "it exists" and the look at what exists."""
+    real, times = os.mkdir, []
+
+    def there_and_gone(path, *rest):
+        if os.path.basename(path) == folder:
+            times.append(path)
+            if len(times) < 3:
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        real(path, *rest)
+
+    store.root.mkdir()
+    monkeypatch.setattr(os, "mkdir", there_and_gone)
+    assert getattr(store, act)("leases/00000.json", b"1") in (True, None)
+    assert len(times) >= 3
+    assert store.read("leases/00000.json") == b"1"
+
+
+@pytest.mark.parametrize("act", ["put_if_absent", "replace"])
+@pytest.mark.parametrize("target", ["elsewhere", None])
+@pytest.mark.parametrize("folder", ["tmp", "leases"])
+def test_what_stands_where_a_folder_should_is_said(store, act, target, folder):
+    """A file, or a link that leads nowhere: neither "another writer was first" nor tried for ever."""
+    store.root.mkdir()
+    if target:
+        (store.root / folder).symlink_to(target)
+    else:
+        (store.root / folder).write_bytes(b"")
+    with pytest.raises(StoreError, match=r"cannot write leases/00000.json \(Not a directory\)"):
+        getattr(store, act)("leases/00000.json", b"1")
+
+
 def test_a_folder_that_is_gone_needs_no_sync(store, monkeypatch):
     """A peer deletes the new file and its folder before the folder is synced."""
     real = os.link
