@@ -286,7 +286,7 @@ def _make_folder(folder: Path) -> None:
     while True:
         try:
             return folder.mkdir(parents=True, exist_ok=True)
-        except FileExistsError as error:  # no folder stands there, or one did and was gone when mkdir looked what it was
+        except FileExistsError as error:  # no folder stands there, or one did and was gone when mkdir looked
             with contextlib.suppress(FileNotFoundError):
                 if not stat.S_ISDIR(folder.lstat().st_mode):
                     raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from error
