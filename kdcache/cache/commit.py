@@ -22,8 +22,10 @@ from kdcache.cache.layout import (
     PLAN,
     RUNS,
     SHARDS,
+    TABLES,
     TEMPORARY,
     commit_name,
+    is_table_name,
     parse_number,
     parse_shard_name,
     shard_name,
@@ -70,10 +72,14 @@ def check_no_cache(folder: str) -> None:
 def check_is_ours(store: Store) -> None:
     """Refuse to begin a cache in a folder that holds something else.
 
+    What stands there before a plan does is ours too: tables are published first, and a writer may die or be at work in between.
+
     Raises:
         ConfigError: The folder is neither empty nor a cache.
     """
     others = sorted(set(store.names_in("")) - {TEMPORARY})
+    if TABLES in others and all(is_table_name(name) for name in store.names_in(TABLES)):
+        others.remove(TABLES)
     if others and not store.exists(PLAN):
         raise ConfigError(
             f"--output {store} is not a cache and not empty: it holds {', '.join(others[:3])}{' ...' if others[3:] else ''}",

@@ -8,6 +8,7 @@ PLAN, MANIFEST = "plan.json", "manifest.json"
 COMMITS, SHARDS, LEASES, TABLES, RUNS = "commits", "shards", "leases", "tables", "runs"
 TEMPORARY = "tmp"
 _NUMBERED = re.compile(r"(\d{5,10})\.json")
+_TABLE_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
 _SHARD_NAME = re.compile(r"\d{5,10}-[0-9a-f]{32}\.arrow")
 
 
@@ -40,3 +41,8 @@ def parse_shard_name(name: str) -> int | None:
 def table_name(table_digest: str) -> str:
     """Where a table of these bytes stands: id tables, or the teacher's output head."""
     return f"{TABLES}/{table_digest}.safetensors"
+
+
+def is_table_name(name: str) -> bool:
+    """Whether a file in ``tables/`` has a name of ours."""
+    return _TABLE_NAME.fullmatch(name) is not None

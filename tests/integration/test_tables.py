@@ -15,7 +15,7 @@ from kdcache.cache.verify import repair, verify_cache
 from kdcache.dump import pilot
 from kdcache.dump.launch import dump
 from kdcache.dump.options import DumpOptions
-from kdcache.errors import CacheCorruptError, CacheMismatchError
+from kdcache.errors import CacheCorruptError, CacheMismatchError, ConfigError
 from tests.abuse.crashes import contents
 from tests.reference_reader import read_cache
 
@@ -76,6 +76,27 @@ def test_a_resume_keeps_the_tables(options, tmp_path):
         assert run(options, cache, **again).already_done
     with pytest.raises(CacheMismatchError, match=r"codec\.id_tables"):
         run(options, tmp_path / "whole", id_tables="none")
+
+
+@pytest.mark.parametrize("made", [{"id_tables": "context"}, {"targets": "hidden", "top_k": 1}])
+def test_begun_again_where_only_the_tables_were_published(options, tmp_path, made):
+    """A writer died, or a peer is at work, between its tables and its plan."""
+    made = {**options, **made}
+    run(made, tmp_path / "whole")
+    transcode(TranscodeOptions(cache=str(tmp_path / "whole"), output=str(tmp_path / "copied")))
+    for name in ("dumped", "copied-again"):
+        shutil.copytree(tmp_path / "whole" / "tables", tmp_path / name / "tables")
+    run(made, tmp_path / "dumped")
+    transcode(TranscodeOptions(cache=str(tmp_path / "whole"), output=str(tmp_path / "copied-again")))
+    assert contents(tmp_path / "dumped") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "copied-again") == contents(tmp_path / "copied")
+
+
+def test_tables_of_someone_else_are_not_a_cache_begun(options, tmp_path):
+    (tmp_path / "c" / "tables").mkdir(parents=True)
+    (tmp_path / "c" / "tables" / "people.csv").write_text("name")
+    with pytest.raises(ConfigError, match="it holds tables"):
+        run(options, tmp_path / "c")
 
 
 def test_two_workers_end_in_the_same_bytes(options, tmp_path):
