@@ -2,7 +2,9 @@
 
 Targets of a real teacher, dumped exactly, then stored by each codec. Bytes are of whole files, over all positions; ours hold
 tokens, masks, tails, entropies and label logprobs too, the peers' only ids, logprobs and tails. KL(said ‖ stored) over entries
-and tail, where the peers' logprobs are rescaled to what the tail leaves, as ours are.
+and tail, where the peers' logprobs are rescaled to what the tail leaves, as ours are. Decoding ends in ``[N, K]`` arrays: ours in
+the tensors that travel to the training device, the peers' in ids and logprobs. "To ours" is to the row of the scheme that holds the
+standard quality without id tables (of draws, the counts alone).
 
     python benchmarks/bench_codec.py [--dataset FILE] [--split 'train[:40]'] [--rounds 3]
 """
@@ -31,6 +33,7 @@ from kdcache.dump.launch import dump
 from kdcache.dump.options import DumpOptions
 from kdcache.dump.pilot import LEAST_SEEN, LIST_LENGTH, NUM_CONTEXTS
 from kdcache.targets import SparseTargets, TokenSequence, keep_most_probable, kl_of_stored
+from kdcache.train.stream import collate_targets
 
 SCHEMES = {
     "top_k 64": {"top_k": 64},
@@ -40,6 +43,8 @@ SCHEMES = {
     "systematic 25": {"targets": "systematic", "num_draws": 25},
     "systematic 50": {"targets": "systematic", "num_draws": 50},
 }
+# What the others are held against, in a scheme.
+STANDARD = {"kdcache, standard", "kdcache, counts alone"}
 Rows = list[tuple[TokenSequence, SparseTargets]]
 
 
@@ -50,7 +55,8 @@ class Row:
     Attributes:
         targets: The scheme.
         stored_as: The codec.
-        cells: Bytes a position, KL, top-1 kept.
+        num_bytes: Of a position.
+        cells: KL, top-1 kept.
         num_positions: That each of the two goes through.
         encode: None where it is not timed.
         decode: None where it is not timed.
@@ -58,6 +64,7 @@ class Row:
 
     targets: str
     stored_as: str
+    num_bytes: float
     cells: list[str]
     num_positions: float
     encode: Callable[[], object] | None = None
@@ -72,14 +79,18 @@ def timed(table: list[Row], rounds: int) -> list[str]:
         for number, (_, run) in enumerate(runs):
             if run is not None:
                 best[number] = min(best[number], measure.seconds(run))
-    rates = [
-        "-" if run is None else f"{rate:.2f}" if (rate := row.num_positions / seconds / 1e6) < 10 else f"{rate:.0f}"
-        for (row, run), seconds in zip(runs, best, strict=True)
-    ]
-    return [
-        "| " + " | ".join([row.targets, row.stored_as, *row.cells, encode, decode]) + " |"
-        for row, encode, decode in zip(table, rates[::2], rates[1::2], strict=True)
-    ]
+    rates = [row.num_positions / seconds / 1e6 for (row, _), seconds in zip(runs, best, strict=True)]
+    own = next(number for number, row in enumerate(table) if row.stored_as in STANDARD)
+    lines = []
+    for number, row in enumerate(table):
+        encode, decode = rates[2 * number : 2 * number + 2]
+        to_ours = row.num_bytes / table[own].num_bytes, decode / rates[2 * own + 1]
+        cells = [
+            row.targets, row.stored_as, f"{row.num_bytes:.1f}", f"{to_ours[0]:.2f}", *row.cells,
+            f"{encode:.2f}" if encode else "", f"{decode:.2f}", f"{to_ours[1]:.2f}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def joined(rows: Rows) -> SparseTargets:
@@ -116,9 +127,9 @@ def ours(name: str, stored_as: str, rows: Rows, codec: Codec) -> Row:
         kl = " / ".join(f"{mean:.1e}" for mean in means)
     kept = "-" if codec.frequencies else f"{np.mean([top_1_kept(a, b) for a, b in pairs]):.2%}"
     return Row(
-        name, f"kdcache, {stored_as}", [f"{len(builder.finish()) / num_positions:.1f}", kl, kept], num_positions,
+        name, f"kdcache, {stored_as}", len(builder.finish()) / num_positions, [kl, kept], num_positions,
         encode=lambda: [codec.encode(targets, contexts) for targets, contexts in asked],
-        decode=lambda: [codec.decode(frames, len(c), "x", c) for frames, c in encoded],
+        decode=lambda: [collate_targets([codec.decode(frames, len(c), "x", c)]) for frames, c in encoded],
     )  # fmt: skip
 
 
@@ -140,15 +151,13 @@ def theirs(name: str, stored_as: str, rows: Rows, k: int) -> Row:
     np.put_along_axis(stored, by_rank, peer.loses(np.take_along_axis(said.logprobs.reshape(-1, k), by_rank, 1)), 1)
     after = replace(said, logprobs=stored.ravel())
     kl = [kl_of_stored(said, after, t).mean() for t in said.temperatures[:2]]
-    decode = peer.decode
-    if decode is not None:
-        ids, _ = decode(data, k)
-        assert (np.sort(ids, 1) == said.token_ids.reshape(-1, k)).all()
+    ids, values = peer.decode(data, k)
+    assert (np.sort(ids, 1) == said.token_ids.reshape(-1, k)).all()
+    np.testing.assert_allclose(np.take_along_axis(values, np.argsort(ids, 1), 1).astype(np.float32), stored, atol=1e-4)
     return Row(
-        name, stored_as,
-        [f"{len(data) / len(said):.1f}", " / ".join(f"{x:.1e}" for x in kl), f"{top_1_kept(said, after):.2%}"], len(said),
+        name, stored_as, len(data) / len(said), [" / ".join(f"{x:.1e}" for x in kl), f"{top_1_kept(said, after):.2%}"], len(said),
         encode=lambda: peer.encode(said, k),
-        decode=decode and (lambda: decode(data, k)),
+        decode=lambda: peer.decode(data, k),
     )  # fmt: skip
 
 
@@ -157,7 +166,7 @@ def a_copy(name: str, rows: Rows) -> Row:
     said = joined(rows)
     width = len(said.logprobs) / len(said) * 6
     return Row(
-        name, "a copy in memory of ids and half floats", [f"{width:.0f}", "", ""], said.logprobs.nbytes / width,
+        name, "a copy in memory of ids and half floats", width, ["", ""], said.logprobs.nbytes / width,
         decode=said.logprobs.copy,
     )  # fmt: skip
 
@@ -173,7 +182,8 @@ def main() -> None:
     parser.add_argument("--pilot", help="an exact top_k 128 cache of other documents, for the id tables")
     parser.add_argument("--pilot-split", default="train[20:60]", help="makes one where there is none")
     args = parser.parse_args()
-    header = ["targets", "stored as", "bytes/token", "KL at T = 1 / 2", "top-1 kept", "encode, M positions/s", "decode"]
+    header = ["targets", "stored as", "bytes/token", "to ours", "KL at T = 1 / 2", "top-1 kept",
+              "encode, M positions/s", "decode, M positions/s", "to ours"]  # fmt: skip
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     with tempfile.TemporaryDirectory() as folder:
         common = {"teacher": args.teacher, "dataset": args.dataset, "seq_len": args.seq_len, "dtype": "bfloat16",

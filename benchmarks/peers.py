@@ -22,10 +22,10 @@ from kdcache.targets import SparseTargets
 
 @dataclass(frozen=True)
 class Peer:
-    """``encode(targets, k)`` gives bytes; ``decode(bytes, k)`` the ids and logprobs ``[N, K]``, or None where it is not timed."""
+    """``encode(targets, k)`` gives bytes; ``decode(bytes, k)`` the ids and logprobs ``[N, K]``."""
 
     encode: Callable[[SparseTargets, int], bytes]
-    decode: Callable[[bytes, int], tuple[np.ndarray, np.ndarray]] | None = None
+    decode: Callable[[bytes, int], tuple[np.ndarray, np.ndarray]]
     loses: Callable[[np.ndarray], np.ndarray] = lambda logprobs: logprobs.astype(np.float16).astype(np.float32)
 
 
@@ -109,11 +109,11 @@ def distillkit(exact: int, degree: int) -> Peer:
         return np.stack([*(rank**power for power in range(degree + 1)), np.sqrt(rank)], 1)
 
     def encode(targets: SparseTargets, k: int) -> bytes:
-        ids, logprobs, _ = _rectangles(targets, k)
-        rest = np.sort(targets.logprobs.reshape(-1, k), axis=1)[:, ::-1][:, exact:]
-        curve = np.linalg.lstsq(basis(k), rest.T, rcond=None)[0].T.astype(np.float32)
-        head = (logprobs[:, :exact].astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
-        return ids.tobytes() + head.tobytes() + curve.tobytes()
+        ids, _, _ = _rectangles(targets, k)
+        logprobs = np.sort(targets.logprobs.reshape(-1, k), axis=1)[:, ::-1]
+        curve = np.linalg.lstsq(basis(k), logprobs[:, exact:].T, rcond=None)[0].T.astype(np.float32)
+        head = (np.ascontiguousarray(logprobs[:, :exact]).view(np.uint32) >> 16).astype(np.uint16)
+        return bytes([ids.itemsize]) + ids.tobytes() + head.tobytes() + curve.tobytes()
 
     def loses(logprobs: np.ndarray) -> np.ndarray:
         """``[N, K]`` by falling logprob, as stored."""
@@ -121,7 +121,17 @@ def distillkit(exact: int, degree: int) -> Peer:
         head = (logprobs[:, :exact].astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32)
         return np.concatenate([head, (basis(logprobs.shape[1]) @ curve).T.astype(np.float32)], 1)
 
-    return Peer(encode, loses=loses)
+    def decode(data: bytes, k: int) -> tuple[np.ndarray, np.ndarray]:
+        width = data[0]
+        num_positions = (len(data) - 1) // (k * width + exact * 2 + (degree + 2) * 4)
+        ids = np.frombuffer(data, f"u{width}", num_positions * k, 1)
+        head = np.frombuffer(data, np.uint16, num_positions * exact, 1 + ids.nbytes)
+        curve = np.frombuffer(data, np.float32, num_positions * (degree + 2), 1 + ids.nbytes + head.nbytes)
+        fitted = curve.reshape(num_positions, -1) @ basis(k).T.astype(np.float32)
+        kept = (head.astype(np.uint32) << 16).view(np.float32).reshape(-1, exact)
+        return ids.reshape(-1, k), np.concatenate([kept, fitted], axis=1)
+
+    return Peer(encode, decode, loses)
 
 
 PEERS = {

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from kdcache.cache.jit import compiled
 from kdcache.cache.tables import ascending
-from kdcache.targets import CountArray, FloatArray, SparseTargets, UIntArray, rescale_entries
+from kdcache.targets import BoolArray, CountArray, FloatArray, SparseTargets, UIntArray, in_rectangle, rescale_entries
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,6 +71,38 @@ class CompactTargets:
             self.logz, self.label_logprobs, self.entropy, hidden, self.counts, self.frequencies,
         )  # fmt: skip
         return targets if self.ascending else ascending(targets)
+
+
+class Rectangle:
+    """Runs of entries, a run a position, laid out ``[N, K]`` as a device takes them; K is the longest run, 1 at least.
+
+    Unused slots repeat the position's first entry. Positions without entries hold anything.
+
+    Args:
+        num_entries: ``[N]``.
+    """
+
+    def __init__(self, num_entries: UIntArray) -> None:
+        self._num_entries, self._width = num_entries, max(int(num_entries.max(initial=0)), 1)
+        self.is_full = bool((num_entries == self._width).all())
+
+    @property
+    def used(self) -> BoolArray:
+        """``[N, K]``: the slots that hold an entry of their own."""
+        return np.arange(self._width, dtype=self._num_entries.dtype) < self._num_entries[:, None]
+
+    def lay_out(self, entries: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """``[E]`` of 8, 16, 32 or 64 bits, as ``[N, K]``."""
+        if self.is_full:
+            return entries.reshape(-1, self._width)
+        if loops := compiled():
+            return np.asarray(loops.to_rectangle(entries, self._num_entries, self._width))
+        padded = np.append(entries, np.zeros(1, dtype=entries.dtype))  # where the last positions hold none
+        return np.asarray(padded[self._slots])
+
+    @cached_property
+    def _slots(self) -> npt.NDArray[np.int64]:
+        return in_rectangle(self._num_entries)[1]
 
 
 def float_to_bfloat16(array: FloatArray) -> npt.NDArray[np.uint16]:

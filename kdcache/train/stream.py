@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from kdcache.cache.compact import CompactTargets
+from kdcache.cache.compact import CompactTargets, Rectangle
 from kdcache.cache.reader import CacheReader
 from kdcache.heads import OutputHead
-from kdcache.targets import TokenSequence, in_rectangle, temperature_index
+from kdcache.targets import TokenSequence, temperature_index
 from kdcache.train.mix import Mix
 from kdcache.train.objective import BucketTargets, FullTargets, MixedTargets, Targets, entropy_of
 from kdcache.train.rollouts import Rollout, find_rollout
@@ -213,12 +213,12 @@ def collate(items: list[Item]) -> dict[str, torch.Tensor]:
         arrays["rollout_logprobs"] = np.concatenate([rollout.logprobs for rollout in known])
         arrays["advantages"] = np.concatenate([rollout.advantages for rollout in known])
     for teacher, compact in enumerate(zip(*(item.targets for item in items if item.targets), strict=True)):
-        columns = _collate_targets(compact)
+        columns = collate_targets(compact)
         arrays |= {f"kd{teacher}_{name}": array for name, array in columns.items()}
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def _collate_targets(compact: Sequence[CompactTargets]) -> dict[str, np.ndarray[Any, Any]]:
+def collate_targets(compact: Sequence[CompactTargets]) -> dict[str, np.ndarray[Any, Any]]:
     """Compact targets of several sequences as rectangles ``[N, K]``; unused slots repeat the position's first entry."""
     arrays: dict[str, np.ndarray[Any, Any]] = {
         "tails": np.concatenate([targets.tails for targets in compact]),
@@ -227,17 +227,18 @@ def _collate_targets(compact: Sequence[CompactTargets]) -> dict[str, np.ndarray[
         hidden = np.concatenate([targets.hidden for targets in compact if targets.hidden is not None])
         arrays["hidden"] = hidden.view(np.int16) if hidden.dtype == np.uint16 else hidden
         return arrays
-    used, entry = in_rectangle(np.concatenate([targets.num_entries for targets in compact]))
+    rectangle = Rectangle(np.concatenate([targets.num_entries for targets in compact]))
     ids = np.concatenate([targets.token_ids for targets in compact])
-    arrays["token_ids"] = ids.astype(np.int64 if ids.max(initial=0) >= 1 << 31 else np.int32)[entry]
-    arrays["values"] = np.concatenate([targets.values for targets in compact])[entry]
+    arrays["token_ids"] = rectangle.lay_out(ids.astype(np.int64 if ids.max(initial=0) >= 1 << 31 else np.int32))
+    arrays["values"] = rectangle.lay_out(np.concatenate([targets.values for targets in compact]))
     if compact[0].counts is not None:
-        counts = np.concatenate([targets.counts for targets in compact if targets.counts is not None])
-        arrays["counts"] = counts.astype(np.int16)[entry]
+        counts_ET = np.concatenate([targets.counts for targets in compact if targets.counts is not None])
+        counts = [rectangle.lay_out(np.ascontiguousarray(counts_E)) for counts_E in counts_ET.astype(np.int16).T]
+        arrays["counts"] = np.stack(counts, axis=2)
     if compact[0].frequencies:
         arrays["entropy"] = np.concatenate([targets.entropy for targets in compact])
-    if not used.all():
-        arrays["used"] = used
+    if not rectangle.is_full:
+        arrays["used"] = rectangle.used
     return arrays
 
 
