@@ -106,15 +106,15 @@ def test_vocabularies(vocab_size):
 
 def test_what_is_likely_is_small():
     """Fewer bytes by rank, fewer still by the token before."""
-    train, test = pilot(49_152, 20, 100, k=32), pilot(49_152, 5, 100, k=32, seed=1)
+    train, test = pilot(8192, 8, 100, k=32), pilot(8192, 2, 100, k=32, seed=1)
 
     def size(tables):
-        codec = codec_of(tables, 49_152)
+        codec = codec_of(tables, 8192)
         frames = [codec.encode(targets, contexts) for contexts, targets in test]
         return sum(len(f["id_symbols"]) + len(f["id_low"]) + len(f["id_escapes"]) for f in frames)
 
-    none, by_rank = size(None), size(IdTables.count(train, 49_152, 0, 0))
-    by_context = size(IdTables.count(train, 49_152, 40, 200))
+    none, by_rank = size(None), size(IdTables.count(train, 8192, 0, 0))
+    by_context = size(IdTables.count(train, 8192, 40, 200))
     assert by_context < 0.9 * by_rank < 0.9 * none
 
 
