@@ -11,7 +11,6 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from kdcache.cache.layout import LEASES, lease_name, parse_number
@@ -78,11 +77,6 @@ def claim(store: Store, shard: int) -> Lease | None:
         if not taken:
             _HELD.discard(lease.token)
     return lease if taken else None
-
-
-def claim_first(store: Store, shards: Iterable[int]) -> Lease | None:
-    """The first lease to be had among shards, or None while live workers hold them all."""
-    return next((lease for shard in shards if (lease := claim(store, shard))), None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from kdcache.cache.commit import (
     write_run,
 )
 from kdcache.cache.layout import commit_name, shard_name, table_name
-from kdcache.cache.lease import Lease, claim_first
+from kdcache.cache.lease import Lease
 from kdcache.cache.manifest import Manifest, Plan, to_json
 from kdcache.cache.parameters import CodecName
 from kdcache.cache.quality import describe_codec
@@ -37,6 +37,7 @@ from kdcache.cache.reader import CacheReader
 from kdcache.cache.shard import ShardBuilder, digest
 from kdcache.cache.store import Store, hostname, open_store
 from kdcache.cache.sums import SHARD_FACTOR, ShardSums, warn_about_error
+from kdcache.cache.work import Remaining
 from kdcache.config import Options, Temperatures
 from kdcache.errors import CacheCorruptError, ConfigError
 from kdcache.progress import Progress
@@ -99,15 +100,15 @@ def transcode(options: TranscodeOptions) -> Manifest:
     write_run(store, "transcode", options, "cpu")
     done, total = len(committed_shards(store)), plan.spec.num_shards
     with Progress("transcode", total, done) as progress:
-        while left := sorted(set(range(total)) - committed_shards(store)):
-            progress.update(total - len(left) - done, f"{total - len(left)}/{total} shards")
-            lease = claim_first(store, left)
+        remaining = Remaining(store, total)
+        while remaining:
+            progress.update(total - len(remaining) - done, f"{total - len(remaining)}/{total} shards")
+            lease = remaining.claim()
             if lease is None:
                 time.sleep(POLL_SECONDS)
                 continue
             with lease:
-                if lease.shard not in committed_shards(store):
-                    (_transcode_shard if asked else _copy_shard)(source, store, plan, lease)
+                (_transcode_shard if asked else _copy_shard)(source, store, plan, lease)
     manifest = seal(store)
     warn_about_error(manifest.stats, manifest.spec.codec.max_kl, str(store))
     return manifest

@@ -193,7 +193,7 @@ def _run_here(
 
         def on_committed() -> None:
             nonlocal shards
-            shards = len(committed_shards(store)) - num_done if size > 1 else shards + 1
+            shards = worker.num_committed - num_done if size > 1 else shards + 1
 
         worker.on_progress, worker.on_committed, worker.should_stop = (
             on_progress,

@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from kdcache.cache.codec import Codec
-from kdcache.cache.commit import commit_shard, committed_shards, load_codec
-from kdcache.cache.lease import Lease, claim_first
+from kdcache.cache.commit import commit_shard, load_codec
+from kdcache.cache.lease import Lease
 from kdcache.cache.manifest import Plan
 from kdcache.cache.shard import ShardBuilder, sequence_id
 from kdcache.cache.store import Store, hostname
 from kdcache.cache.sums import SHARD_FACTOR, ShardSums, warn_about_error
+from kdcache.cache.work import Remaining
 from kdcache.corpus import CorpusCounts, Rows, make_sequences
 from kdcache.errors import KDCacheError, TeacherOutputError
 from kdcache.targets import SparseTargets, TokenSequence, check_alignment
@@ -71,6 +72,7 @@ class Worker:
     should_stop: Callable[[], bool] = lambda: False
     on_progress: Callable[[int, float], None] = lambda positions, fraction: None
     on_committed: Callable[[], None] = lambda: None
+    _remaining: Remaining | None = None
     _codec: Codec | None = None
     _leases: list[Lease] = field(default_factory=list)
     _pending: Future[None] | None = None
@@ -83,26 +85,26 @@ class Worker:
         is done here.
         """
         try:
-            while not self.should_stop():
-                todo = self._todo()
-                if not todo:
-                    break
-                lease = claim_first(self.store, todo)
-                if lease is None:
-                    if not self._drain():  # what is left is in other hands, not in our own writer's
-                        time.sleep(POLL_SECONDS)
-                    continue
-                self._leases.append(lease)
-                if lease.shard in committed_shards(self.store):
-                    self._release(lease)
-                else:
+            remaining = self._remaining = Remaining(self.store, self.plan.spec.num_shards, self.offset)
+            while remaining and not self.should_stop():
+                lease = remaining.claim()
+                if lease is not None:
+                    self._leases.append(lease)
                     self.dump_shard(lease)
+                elif not self._drain():  # what is left is in other hands, not in our own writer's
+                    time.sleep(POLL_SECONDS)
             self._drain()
         finally:
             self._executor.shutdown(wait=True, cancel_futures=True)
             for lease in self._leases:  # what this worker could not finish, another need not wait for
                 with suppress(KDCacheError):
                     lease.release()
+
+    @property
+    def num_committed(self) -> int:
+        """Shards that this worker knows to be committed, by whomever."""
+        left = self.plan.spec.num_shards if self._remaining is None else len(self._remaining)
+        return self.plan.spec.num_shards - left - len(self._leases)
 
     def dump_shard(self, lease: Lease) -> None:
         """Dump one shard; its last batch and its commit are finished in the background."""
@@ -161,12 +163,6 @@ class Worker:
                 raise self._name_culprit(shard, indices, batch, error) from error
             yield indices, batch, targets
             self.on_progress(sum(len(sequence) for sequence in batch), number / len(batches))
-
-    def _todo(self) -> list[int]:
-        done = committed_shards(self.store)
-        todo = [shard for shard in range(self.plan.spec.num_shards) if shard not in done]
-        first = int(self.offset * len(todo))
-        return todo[first:] + todo[:first]
 
     def _release(self, lease: Lease) -> None:
         lease.release()

@@ -297,22 +297,21 @@ def test_a_stop_is_heeded_between_shards_and_what_is_done_stays(worker):
 def test_a_worker_that_fails_leaves_no_lease(tmp_path, tiny_teacher, corpus_file, monkeypatch):
     """Whenever it fails after taking one: the next run in this very process need not wait for it."""
     from kdcache.cache import lease
-    from kdcache.dump import worker as worker_module
 
     options = DumpOptions(teacher=tiny_teacher, dataset=corpus_file, split="train[:4]", output=str(tmp_path / "c"),
                           seq_len=64, top_k=8, shard_positions=200, device="cpu", threads=1)  # fmt: skip
     store = LocalStore(options.output)
     plan, rows = make_plan(store, options)
-    real, held = worker_module.committed_shards, set(lease._HELD)
-    for number in range(2, 5):
+    real, held = LocalStore.exists, set(lease._HELD)
+    for number in range(1, 6):
         calls = itertools.count(1)
 
-        def failing(store, calls=calls, number=number):
-            if next(calls) == number:
+        def failing(store, name, calls=calls, number=number):
+            if name.startswith("commits/") and next(calls) == number:
                 raise StoreError("gone")
-            return real(store)
+            return real(store, name)
 
-        monkeypatch.setattr(worker_module, "committed_shards", failing)
+        monkeypatch.setattr(LocalStore, "exists", failing)
         with pytest.raises(StoreError, match="gone"):
             make_worker(store, options, plan, rows, 0, 1).work()
         assert store.names_in("leases") == []
