@@ -177,18 +177,16 @@ def _tables_are_whole(store: Store, plan: Plan, audit: Audit) -> bool:
 def _derive(plan: Plan, commits: list[Commit], audit: Audit) -> Manifest:
     """The manifest of those commits that go together; the others are damage."""
     commits = _of_one_head(plan, commits, audit)
-    try:
-        return derive_manifest(plan, commits)
-    except CacheMismatchError:
-        sound = []
-        for commit in commits:
-            try:
-                derive_manifest(plan, [commit])
-                sound.append(commit)
-            except CacheMismatchError as error:
-                audit.problems.append(_message(error, commit.shard))
-                audit.damaged.append(commit.shard)
-        return derive_manifest(plan, sound)
+    while True:
+        try:
+            return derive_manifest(plan, commits)
+        except CacheMismatchError as error:  # their sums are more than a cache can have
+            most = max(
+                commits, key=lambda commit: max(map(abs, [commit.num_bytes, *commit.stats.model_dump().values()]))
+            )
+            audit.problems.append(_message(error, most.shard))
+            audit.damaged.append(most.shard)
+            commits = [commit for commit in commits if commit is not most]
 
 
 def _of_one_head(plan: Plan, commits: list[Commit], audit: Audit) -> list[Commit]:
