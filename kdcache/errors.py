@@ -7,7 +7,7 @@
     ├── CorpusError             the dataset cannot be read, or its rows are not what they should be
     ├── ModelError              a model or tokenizer cannot be loaded, or does not fit its purpose
     ├── TeacherOutputError      the teacher said NaN or Inf
-    ├── StoreUnavailableError   a storage could not be asked: nothing is known about what it holds
+    ├── StoreUnavailableError   a storage could not be asked or read: nothing is known about what it holds
     └── CacheError
         ├── CacheNotFoundError    there is no cache where one was named
         ├── CacheIncompleteError  planned shards are not committed yet
@@ -93,7 +93,7 @@ class StoreError(CacheError):
 
 
 class StoreUnavailableError(KDCacheError):
-    """The storage could not be asked, or gave no permission: nothing is known about what it holds.
+    """The storage could not be asked or read, gave no permission, or no local copy could be kept: nothing is known about what it holds.
 
     No CacheError: an audit that meets it has found nothing wrong with a cache.
     """

@@ -52,6 +52,7 @@ from kdcache.errors import (
     CacheNotFoundError,
     ConfigError,
     StoreError,
+    StoreUnavailableError,
 )
 
 logger = logging.getLogger(__name__)
@@ -168,19 +169,27 @@ def read_commits(store: Store) -> list[Commit]:
         if shard is None:
             continue
         if name != f"{shard:05d}.json":
-            raise CacheMismatchError(f"{store}/{COMMITS}/{name}: a shard's commit stands at {commit_name(shard)}")
+            raise CacheMismatchError(
+                f"{store}/{COMMITS}/{name}: a shard's commit stands at {commit_name(shard)}",
+                hint=f"kdcache verify {store} --repair",
+            )
         shards.append(shard)
     shards.sort()
     files = store.read_all([commit_name(shard) for shard in shards])
-    return [_parse_commit(store, shard, data) for shard, data in zip(shards, files, strict=True)]
+    return [parse_commit(store, shard, data) for shard, data in zip(shards, files, strict=True)]
 
 
 def read_commit(store: Store, shard: int) -> Commit:
     """The commit of one shard."""
-    return _parse_commit(store, shard, store.read(commit_name(shard)))
+    return parse_commit(store, shard, store.read(commit_name(shard)))
 
 
-def _parse_commit(store: Store, shard: int, data: bytes) -> Commit:
+def parse_commit(store: Store, shard: int, data: bytes) -> Commit:
+    """The commit of one shard, from the bytes of its file.
+
+    Raises:
+        CacheError: It is none, is not the one that was written, or commits another shard.
+    """
     name = commit_name(shard)
     commit = parse(Commit, data, f"{store}/{name}")
     if commit.shard != shard:
@@ -190,7 +199,11 @@ def _parse_commit(store: Store, shard: int, data: bytes) -> Commit:
 
 def committed_shards(store: Store) -> set[int]:
     """Numbers of the committed shards, from file names alone."""
-    return {shard for name in store.names_in(COMMITS) if (shard := parse_number(name)) is not None}
+    return {
+        shard
+        for name in store.names_in(COMMITS)
+        if (shard := parse_number(name)) is not None and f"{COMMITS}/{name}" == commit_name(shard)
+    }
 
 
 def load_codec(store: Store, spec: CacheSpec) -> Codec:
@@ -225,6 +238,18 @@ def read_id_tables(store: Store, table_digest: str, vocab_size: int) -> IdTables
     return _parse_id_tables(data, vocab_size, f"{store}/{name}")
 
 
+def publish_shard(store: Store, name: str, data: memoryview) -> None:
+    """See that a shard stands under the name that holds its digest, in place of what rotted there or cannot be read."""
+    if store.put_if_absent(name, data):
+        return
+    try:
+        whole = digest(store.read(name)) == digest(data)
+    except (CacheNotFoundError, StoreError, StoreUnavailableError):
+        whole = False
+    if not whole:
+        store.replace(name, bytes(data))
+
+
 def commit_shard(
     store: Store,
     plan: Plan,
@@ -243,8 +268,7 @@ def commit_shard(
         False when another writer had committed this shard before.
     """
     name = shard_name(shard, digest(data))
-    if not store.put_if_absent(name, data) and digest(store.read(name)) != digest(data):
-        store.replace(name, bytes(data))
+    publish_shard(store, name, data)
     commit = Commit(
         plan=plan.fingerprint,
         shard=shard,

@@ -1,9 +1,13 @@
 """Copies of remote shards on a local disk, each under the digest of its bytes.
 
-A copy is hashed before every use: one that rotted, or that a full disk cut short, is thrown away and fetched anew. Copies are
-made under a temporary name and get theirs when they are whole, so any number of processes may share the folder. When they
-grow past the limit the ones longest unused go, but never one whose original is no longer where it came from: that may be the
-only one left.
+A copy is hashed before every use: one that rotted is thrown away and fetched anew. Copies are made under a temporary name and
+get theirs when they are whole and mapped, so any number of processes may share the folder, and one that makes room takes
+nothing from another. Before a fetch would grow them past the limit the ones longest unused go, but only those whose original
+is still the version that was fetched, as its store says (ETag, time of change): another copy may be the only one left. The
+original was whole when it was fetched; what has rotted since unseen by its store is not seen here either, since that would
+take reading it again.
+
+A folder that cannot be written, a disk that is full: nothing is known about the cache then, and nothing is said about it.
 
 ``KDCACHE_COPIES`` names the folder (by default ``kdcache`` in the user's cache folder), ``KDCACHE_COPIES_GB`` the limit.
 """
@@ -11,6 +15,7 @@ only one left.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import mmap
 import os
@@ -19,11 +24,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import xxhash
 
-from kdcache.errors import CacheCorruptError, ConfigError, StoreError
+from kdcache.cache.mapped import map_file
+from kdcache.errors import CacheCorruptError, CacheError, ConfigError, StoreUnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -39,19 +44,19 @@ class LocalCopies:
     Attributes:
         folder: Where they are.
         max_bytes: What they may take together; more only if nothing can go.
-        has_original: Whether a file of this URL and size is there.
+        version_of: What tells this version of the file of a URL from others; None where there is none or nobody can say now.
     """
 
     folder: Path
     max_bytes: int
-    has_original: Callable[[str, int], bool]
+    version_of: Callable[[str], str | None]
 
     @classmethod
-    def from_environment(cls, has_original: Callable[[str, int], bool]) -> LocalCopies:
+    def from_environment(cls, version_of: Callable[[str], str | None]) -> LocalCopies:
         """As the environment says.
 
         Raises:
-            ConfigError: The limit is not a number.
+            ConfigError: The limit is not a number, or nothing names a folder.
         """
         home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         folder = os.environ.get("KDCACHE_COPIES") or f"{home}/kdcache"
@@ -60,33 +65,43 @@ class LocalCopies:
             max_bytes = int(float(limit) * 1e9)
         except (ValueError, OverflowError) as error:
             raise ConfigError(f"KDCACHE_COPIES_GB: a number of gigabytes was expected, found {limit!r}") from error
-        return cls(Path(folder).expanduser(), max_bytes, has_original)
+        try:
+            return cls(Path(folder).expanduser(), max_bytes, version_of)
+        except RuntimeError as error:
+            raise ConfigError(f"{folder}: this user has no home folder", hint="KDCACHE_COPIES names another") from error
 
-    def open(self, digest: str, num_bytes: int, origin: str, fetch: Callable[[BinaryIO], None]) -> mmap.mmap:
+    def open(
+        self, digest: str, num_bytes: int, origin: str, fetch: Callable[[Callable[[bytes], object]], str]
+    ) -> mmap.mmap:
         """A read-only map of the bytes with this digest.
 
         Args:
             digest: xxh3-128, 32 hex digits.
             num_bytes: Their number.
             origin: URL of the original.
-            fetch: Writes the original into a file.
+            fetch: Hands the original to a function, part by part; returns its version.
 
         Raises:
             CacheCorruptError: The original has another digest, when fetched a second time too.
-            StoreError: The folder cannot be written.
+            StoreUnavailableError: No copy can be kept here.
         """
         path = self.folder / f"{digest}{SUFFIX}"
+        with contextlib.suppress(OSError):  # there is none yet, or it is another user's
+            os.utime(path)  # before it is hashed: a peer that makes room takes the ones longest unused
         try:
-            for fetches_left in (2, 1, 0):
-                copy = _whole(path, digest, num_bytes)
+            return map_file(path, num_bytes, digest)
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except (OSError, CacheError) as error:
+            logger.warning("%s: this copy cannot be used (%s); fetching it anew", path, error)
+        try:
+            for _ in range(2):
+                copy = self._fetch(path, digest, num_bytes, origin, fetch)
                 if copy is not None:
-                    os.utime(path)
                     return copy
-                if fetches_left:
-                    self._fetch(path, origin, fetch)
             path.unlink(missing_ok=True)
         except OSError as error:
-            raise StoreError(
+            raise StoreUnavailableError(
                 f"{self.folder}: cannot keep a copy of {origin} ({error.strerror})",
                 hint="KDCACHE_COPIES names another folder, KDCACHE_COPIES_GB a smaller limit",
             ) from error
@@ -94,20 +109,37 @@ class LocalCopies:
             f"{origin}: digest {digest} was committed, the bytes in the store have another (fetched twice)"
         )
 
-    def _fetch(self, path: Path, origin: str, fetch: Callable[[BinaryIO], None]) -> None:
+    def _fetch(
+        self, path: Path, digest: str, num_bytes: int, origin: str, fetch: Callable[[Callable[[bytes], object]], str]
+    ) -> mmap.mmap | None:
+        """A new copy, mapped before it gets its name; None if the store's bytes are others."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._make_room(num_bytes)
         handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".part")
+        state = xxhash.xxh3_128()
         try:
             with os.fdopen(handle, "wb") as file:
-                fetch(file)
-            path.with_suffix(ORIGIN).write_text(origin)
+
+                def write(part: bytes) -> None:
+                    state.update(part)
+                    file.write(part)
+
+                version = fetch(write)
+            if state.hexdigest() != digest:
+                return None
+            try:
+                copy = map_file(Path(temporary), num_bytes, digest)
+            except CacheError as error:  # this disk, not the store
+                raise OSError(errno.EIO, "what is read back is not what was written") from error
             os.replace(temporary, path)
+            # After the copy, and removed before it: no copy is left without, or it could never go.
+            path.with_suffix(ORIGIN).write_text(f"{origin}\n{version}")
+            return copy
         finally:
             Path(temporary).unlink(missing_ok=True)
-        self._make_room(path)
 
-    def _make_room(self, newest: Path) -> None:
-        """Delete the copies longest unused until the rest fits, and what fetches that were killed left behind."""
+    def _make_room(self, num_bytes: int) -> None:
+        """Delete what fetches that were killed left behind, and the copies longest unused until there is room for another."""
         found = []
         for path in self.folder.glob("*.part"):
             with contextlib.suppress(FileNotFoundError):
@@ -116,32 +148,23 @@ class LocalCopies:
         for path in self.folder.glob(f"*{SUFFIX}"):
             with contextlib.suppress(FileNotFoundError):  # a peer was faster
                 found.append((path.stat().st_mtime, path, path.stat().st_size))
-        total = sum(size for _, _, size in found)
+        total = num_bytes + sum(size for _, _, size in found)
         for _, path, size in sorted(found):
             if total <= self.max_bytes:
                 return
-            origin = path.with_suffix(ORIGIN)
-            if path != newest and origin.exists() and self.has_original(origin.read_text(), size):
-                path.unlink(missing_ok=True)
-                origin.unlink(missing_ok=True)
-                total -= size
+            with contextlib.suppress(OSError):  # a peer was faster, or it is another user's
+                if self._is_elsewhere(path):
+                    path.with_suffix(ORIGIN).unlink(missing_ok=True)
+                    path.unlink()
+                    total -= size
         if total > self.max_bytes:
             logger.warning(
-                "%s: copies of remote shards take %.1f GB, the limit is %.1f; the rest have no original to be fetched again",
+                "%s: copies of remote shards take %.1f GB, the limit is %.1f; the rest stay, since their originals are gone or "
+                "others now, or cannot be looked at",
                 self.folder, total / 1e9, self.max_bytes / 1e9,
             )  # fmt: skip
 
-
-def _whole(path: Path, digest: str, num_bytes: int) -> mmap.mmap | None:
-    """A map of the copy, or None if it is not there or not what its name says."""
-    try:
-        with path.open("rb") as file:
-            if num_bytes == 0 or os.fstat(file.fileno()).st_size != num_bytes:
-                return None
-            copy = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError:
-        return None
-    if xxhash.xxh3_128_hexdigest(copy) != digest:
-        logger.warning("%s: this copy has other bytes than its name says; fetching it anew", path)
-        return None
-    return copy
+    def _is_elsewhere(self, path: Path) -> bool:
+        """Whether the original of a copy is still the version that was fetched."""
+        origin, _, version = path.with_suffix(ORIGIN).read_text().partition("\n")
+        return bool(version) and self.version_of(origin) == version

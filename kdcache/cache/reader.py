@@ -1,12 +1,14 @@
 """Read a cache by index, without torch.
 
-Opening reads plan and manifest only. A shard is mapped and its digest checked when its first sequence is asked for; after
-that a sequence costs its own frames. What is read is checked or refused, never guessed.
+Opening reads plan and manifest only. A shard's digest is checked and it is mapped when its first sequence is asked for; after
+that a sequence costs its own frames. What is read is checked or refused, never guessed; what cannot be read is not called
+damaged (StoreUnavailableError).
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -57,7 +59,7 @@ def open_cache(path: str | os.PathLike[str], *, allow_incomplete: bool = False) 
 
 
 class CacheReader:
-    """``len(reader)`` sequences, ``reader[i]`` one of them, iteration in order. Picklable; opens shards lazily.
+    """``len(reader)`` sequences, ``reader[i]`` one of them, iteration in order. Picklable, and for threads; opens shards lazily.
 
     Attributes:
         manifest: The cache's description of itself.
@@ -76,6 +78,7 @@ class CacheReader:
             )
         self._ends = np.cumsum([0, *self.manifest.shards.num_sequences], dtype=np.int64)
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
+        self._lock = threading.Lock()
         self._by_content: dict[int, int] | None = None
 
     def __len__(self) -> int:
@@ -161,12 +164,18 @@ class CacheReader:
         return data
 
     def open_shard(self, position: int, *, check_digest: bool = True) -> ShardReader:
-        """The ``position``-th committed shard."""
+        """The ``position``-th committed shard.
+
+        Raises:
+            CacheCorruptError: Its bytes are not those that were committed, or not there.
+            StoreUnavailableError: They cannot be read.
+        """
         table = self.manifest.shards
         number, expected = table.shard[position], table.digest[position]
+        name = shard_name(number, expected)
         try:
-            data = self.store.map(shard_name(number, expected), table.num_bytes[position])
-        except (CacheNotFoundError, StoreError) as error:
+            data = self.store.map(name, table.num_bytes[position], expected if check_digest else None)
+        except (CacheNotFoundError, CacheCorruptError, StoreError) as error:
             raise CacheCorruptError(
                 f"shard {number:05d}: {error.message}",
                 hint=f"kdcache verify {self.store} --repair, then the same dump again: only this shard is redone",
@@ -176,7 +185,7 @@ class CacheReader:
             self.codec,
             plan=self.manifest.fingerprint,
             shard=number,
-            expected_digest=expected if check_digest else None,
+            expected_digest=None,
             max_positions=self.spec.corpus.seq_len,
         )
 
@@ -185,18 +194,24 @@ class CacheReader:
             raise IndexError(f"sequence {index} of {len(self)}")
         index %= len(self)
         position = int(np.searchsorted(self._ends, index, side="right")) - 1
-        shard = self._open.get(position)
+        with self._lock:
+            shard = self._open.get(position)
+            if shard is not None:
+                self._open.move_to_end(position)
         if shard is None:
-            shard = self.open_shard(position)
+            shard = self.open_shard(position)  # not under the lock: other threads need not wait for a store
             if len(shard) != self.manifest.shards.num_sequences[position]:
                 raise CacheCorruptError(
                     f"{shard.where}: {self.manifest.shards.num_sequences[position]} sequences were committed, found {len(shard)}"
                 )
-            self._open[position] = shard
-            if len(self._open) > MAX_OPEN_SHARDS:
-                self._open.popitem(last=False)
-        self._open.move_to_end(position)
+            with self._lock:
+                self._open[position] = shard
+                if len(self._open) > MAX_OPEN_SHARDS:
+                    self._open.popitem(last=False)
         return shard, index - int(self._ends[position])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_open", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _open=OrderedDict(), _lock=threading.Lock())

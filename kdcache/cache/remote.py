@@ -18,16 +18,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import mmap
+import re
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 import fsspec
 
-from kdcache.cache.copies import LocalCopies
+from kdcache.cache.copies import ABANDONED_SECONDS, LocalCopies
 from kdcache.cache.layout import TEMPORARY
 from kdcache.errors import CacheNotFoundError, ConfigError, StoreError, StoreUnavailableError
 
@@ -54,6 +55,9 @@ _FINAL = (
     "azure.core.exceptions:AzureError",
     "google.auth.exceptions:GoogleAuthError",
 )
+# What changes when a file does, by the names that fsspec's packages have for it.
+_VERSIONS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "created")
+_TRIAL_NAME = re.compile(r"trial~(?P<seconds>\d{1,12})~[0-9a-f]{32}")
 # Answers of a store, not failures of it.
 _ANSWERS = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
 
@@ -103,31 +107,33 @@ class RemoteStore:
                 found += self._ranges(some, [0] * len(some), [None] * len(some))
         return found
 
-    def map(self, name: str, num_bytes: int) -> mmap.mmap:
+    def map(self, name: str, num_bytes: int, digest: str | None = None) -> mmap.mmap:
         """A read-only memory map of a local copy; fetched by ranges unless a whole copy is there.
 
-        The name ends in the digest of the bytes, as those of shards do.
+        The name ends in the digest of the bytes, as those of shards do: it is checked whether asked for or not.
 
         Raises:
             CacheNotFoundError: There is none.
             CacheCorruptError: Its bytes are not those of the digest, twice.
-            StoreError: It has another size, or cannot be read.
+            StoreError: It has another size.
+            StoreUnavailableError: It cannot be read, or no copy kept.
         """
-        digest = PurePosixPath(name).stem.rpartition("-")[2]
+        digest = digest or PurePosixPath(name).stem.rpartition("-")[2]
 
-        def fetch(file: BinaryIO) -> None:
+        def fetch(write: Callable[[bytes], object]) -> str:
             with self._found(name):
-                found = self._ask(f"read {name}", lambda fs, path: fs.info(path), name)["size"]
-                if found != num_bytes:
-                    raise StoreError(f"{self}/{name}: {num_bytes} bytes were committed, found {found}")
+                info = self._ask(f"read {name}", lambda fs, path: fs.info(path), name)
+                if info["size"] != num_bytes:
+                    raise StoreError(f"{self}/{name}: {num_bytes} bytes were committed, found {info['size']}")
                 step = RANGE_BYTES * RANGES_AT_ONCE
                 for first in range(0, num_bytes, step):
                     starts = list(range(first, min(first + step, num_bytes), RANGE_BYTES))
                     ends = [min(start + RANGE_BYTES, num_bytes) for start in starts]
                     for part in self._ranges([name] * len(starts), starts, ends):
-                        file.write(part)
+                        write(part)
+                return _version(info)
 
-        return LocalCopies.from_environment(has_file).open(digest, num_bytes, f"{self}/{name}", fetch)
+        return LocalCopies.from_environment(version_of).open(digest, num_bytes, f"{self}/{name}", fetch)
 
     def names_in(self, folder: str) -> list[str]:
         """File and folder names in a folder, sorted; empty when there is no folder.
@@ -183,8 +189,17 @@ class RemoteStore:
             self._ask(f"remove {name}", lambda fs, path: fs.rm_file(path), name)
 
     def remove_abandoned(self) -> int:
-        """Nothing to do: an upload that was not finished never had a name."""
-        return 0
+        """Delete what trials (:meth:`is_exclusive`) that were killed left behind; how many there were.
+
+        An upload that was not finished never had a name.
+        """
+        removed = 0
+        for name in self.names_in(TEMPORARY):
+            match = _TRIAL_NAME.fullmatch(name)
+            if match and time.time() - int(match["seconds"]) > ABANDONED_SECONDS:
+                self.delete(f"{TEMPORARY}/{name}")
+                removed += 1
+        return removed
 
     def remove_empty(self, folder: str) -> None:
         """Nothing to do: an object store has no folders."""
@@ -196,7 +211,7 @@ class RemoteStore:
         """
 
         def create_twice(fs: Any, root: str) -> bool:
-            path = f"{root}/{TEMPORARY}/{uuid.uuid4().hex}"
+            path = f"{root}/{TEMPORARY}/trial~{int(time.time())}~{uuid.uuid4().hex}"
             fs.pipe_file(path, b"first", mode="create")
             try:
                 with _blind(fs):
@@ -291,15 +306,20 @@ class RemoteStore:
             raise StoreError(f"{self}: cannot write {name} ({error})", hint=RIGHTS) from error
 
 
-def has_file(url: str, num_bytes: int) -> bool:
-    """Whether a file of this size is there; False where that cannot be found out now."""
+def version_of(url: str) -> str | None:
+    """What tells this version of a file from others, as its store says; None where there is none or that cannot be found out now."""
     try:
         fs, path = fsspec.url_to_fs(url, use_listings_cache=False)
-        return bool(fs.info(path)["size"] == num_bytes)
+        return _version(fs.info(path))
     except (ValueError, ImportError):
-        return False
+        return None
     except _failures(_PASSING + _FINAL):
-        return False
+        return None
+
+
+def _version(info: dict[str, Any]) -> str:
+    """Its size, and the first of what stores say; a store that says nothing is believed by the size."""
+    return f"{info['size']} {next((info[name] for name in _VERSIONS if info.get(name)), '')}"
 
 
 def _is_taken(error: OSError) -> bool:

@@ -23,8 +23,11 @@ from pathlib import Path
 from typing import Protocol
 
 from kdcache.cache.layout import TEMPORARY
+from kdcache.cache.mapped import map_file
 from kdcache.errors import CacheNotFoundError, ConfigError, KDCacheError, StoreError, StoreUnavailableError
 
+# What stands at the name is no file, or nothing does: that is an answer.
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 _TEMPORARY_NAME = re.compile(r"(?P<host>[A-Za-z0-9_.-]+)~(?P<pid>\d+)~[0-9a-f]{32}")
 
 
@@ -40,16 +43,19 @@ class Store(Protocol):
         """Path or URL, resolved."""
 
     def exists(self, name: str) -> bool:
-        """Whether a file stands at the name."""
+        """Whether a file stands at the name; StoreUnavailableError where that cannot be found out."""
 
     def read(self, name: str) -> bytes:
-        """The whole file; CacheNotFoundError or StoreError."""
+        """The whole file; CacheNotFoundError, StoreError where no file can be read there, else StoreUnavailableError."""
 
     def read_all(self, names: list[str]) -> list[bytes]:
         """Several small files; the same errors."""
 
-    def map(self, name: str, num_bytes: int) -> mmap.mmap:
-        """A read-only map of a file of a known size whose name ends in its digest; the same errors."""
+    def map(self, name: str, num_bytes: int, digest: str | None = None) -> mmap.mmap:
+        """A read-only map of a file of a known size whose name ends in its digest; the same errors.
+
+        Its bytes are checked first where a digest is given: CacheCorruptError.
+        """
 
     def names_in(self, folder: str) -> list[str]:
         """Names in a folder, sorted; empty when there is none."""
@@ -105,15 +111,26 @@ class LocalStore:
         return str(self.root.resolve())
 
     def exists(self, name: str) -> bool:
-        """Whether a file stands at the name."""
-        return (self.root / name).is_file()
+        """Whether a file stands at the name.
+
+        Raises:
+            StoreUnavailableError: That cannot be found out.
+        """
+        path = self.root / name
+        try:
+            return stat.S_ISREG(path.stat().st_mode)
+        except OSError as error:
+            if error.errno in _NO_FILE:
+                return False
+            raise _unreadable(path, error) from error
 
     def read(self, name: str) -> bytes:
         """The whole file.
 
         Raises:
             CacheNotFoundError: There is none.
-            StoreError: It cannot be read.
+            StoreError: What stands there is no file.
+            StoreUnavailableError: It cannot be read.
         """
         try:
             return (self.root / name).read_bytes()
@@ -126,19 +143,17 @@ class LocalStore:
         """Several small files, as :meth:`read`."""
         return [self.read(name) for name in names]
 
-    def map(self, name: str, num_bytes: int) -> mmap.mmap:
-        """A read-only memory map of a file of a known size.
+    def map(self, name: str, num_bytes: int, digest: str | None = None) -> mmap.mmap:
+        """A read-only memory map of a file of a known size, its bytes hashed first where a digest is given.
 
         Raises:
             CacheNotFoundError: There is none.
-            StoreError: It has another size, or cannot be read.
+            CacheCorruptError: It has another digest.
+            StoreError: It has another size, or what stands there is no file.
+            StoreUnavailableError: It cannot be read or mapped.
         """
         try:
-            with open(self.root / name, "rb") as file:
-                found = os.fstat(file.fileno()).st_size
-                if found != num_bytes or found == 0:
-                    raise StoreError(f"{self.root / name}: {num_bytes} bytes were committed, found {found}")
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return map_file(self.root / name, num_bytes, digest)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise CacheNotFoundError(f"{self.root / name} does not exist") from error
         except OSError as error:
@@ -149,12 +164,18 @@ class LocalStore:
         return True
 
     def names_in(self, folder: str) -> list[str]:
-        """File names in a folder, sorted; empty when there is no folder."""
-        with self._errors(f"list {folder or 'the folder'}"):
-            try:
-                return sorted(os.listdir(self.root / folder))
-            except FileNotFoundError:
-                return []
+        """File names in a folder, sorted; empty when there is no folder.
+
+        Raises:
+            StoreError: What stands there is no folder.
+            StoreUnavailableError: It cannot be listed.
+        """
+        try:
+            return sorted(os.listdir(self.root / folder))
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise _unreadable(self.root, error, f"list {folder or 'the folder'}") from error
 
     def put_if_absent(self, name: str, data: bytes | memoryview) -> bool:
         """Publish a file unless one stands there already; durable when this returns.
@@ -263,11 +284,10 @@ def is_running(pid: int) -> bool:
     return True
 
 
-def _unreadable(path: Path, error: OSError) -> KDCacheError:
-    """What may not be read, or not now, says nothing about what it holds."""
-    unknown = error.errno in (errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT)
-    kind = StoreUnavailableError if unknown else StoreError
-    return kind(f"{path}: cannot read ({error.strerror})")
+def _unreadable(path: Path, error: OSError, what: str = "read") -> KDCacheError:
+    """What cannot be read now (no right, a disk or a server that fails, no memory) says nothing about what it holds."""
+    kind = StoreError if error.errno in _NO_FILE else StoreUnavailableError
+    return kind(f"{path}: cannot {what} ({error.strerror})")
 
 
 def _place(act: Callable[[Path, Path], None], temporary: Path, target: Path) -> None:

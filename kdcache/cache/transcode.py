@@ -23,6 +23,7 @@ from kdcache.cache.commit import (
     committed_shards,
     load_codec,
     publish_plan,
+    publish_shard,
     read_commit,
     read_plan,
     seal,
@@ -205,6 +206,7 @@ def _transcode_shard(source: CacheReader, store: Store, plan: Plan, lease: Lease
     total = sums.total(
         num_rows=before.num_rows, num_skipped=before.num_rows_skipped, num_truncated=before.num_rows_truncated,
         num_split=before.num_rows_split,
+        **{name: number for name, number in before.model_dump().items() if name.startswith("num_answers_")},
     )  # fmt: skip
     warn_about_error(total, plan.spec.codec.max_kl, f"shard {shard:05d}", factor=SHARD_FACTOR)
     commit_shard(
@@ -223,8 +225,7 @@ def _copy_shard(source: CacheReader, store: Store, plan: Plan, lease: Lease) -> 
             f"{source.store}, shard {lease.shard:05d}: digest {commit.digest} was committed, the bytes have {digest(data)}",
             hint=f"kdcache verify {source.store} --repair",
         )
-    if not store.put_if_absent(name, data) and digest(store.read(name)) != commit.digest:
-        store.replace(name, data)
+    publish_shard(store, name, memoryview(data))
     store.put_if_absent(commit_name(lease.shard), to_json(commit))
 
 

@@ -1,24 +1,30 @@
-"""Audit a cache: does every byte stand as it was committed, and does what it says hold together?"""
+"""Audit a cache: does every byte stand as it was committed, and does what it says hold together?
+
+Damage is what was read and is wrong, or a file that the store says is not there. What cannot be read (no right, a disk or a
+server that fails, no memory, no room for a copy) is told apart: nothing is known about it, and :func:`repair` leaves it alone.
+Where a store does not answer at all, the audit ends with its error.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from kdcache.cache.commit import (
     committed_shards,
     current_manifest,
-    read_commit,
-    read_commits,
+    parse_commit,
     read_id_tables,
     read_plan,
 )
-from kdcache.cache.layout import MANIFEST, PLAN, commit_name, table_name
+from kdcache.cache.layout import COMMITS, MANIFEST, PLAN, commit_name, parse_number, table_name
 from kdcache.cache.manifest import Commit, Manifest, Plan, derive_manifest, to_json
 from kdcache.cache.reader import CacheReader
 from kdcache.cache.shard import sequence_id
 from kdcache.cache.store import Store
-from kdcache.errors import CacheCorruptError, CacheError
+from kdcache.errors import CacheCorruptError, CacheError, CacheMismatchError, KDCacheError, StoreUnavailableError
 from kdcache.targets import check_alignment
 
 
@@ -31,9 +37,12 @@ class Audit:
         num_verified: Shards read and found whole.
         missing: Planned shards that are not committed.
         damaged: Committed shards whose file or commit is not whole.
+        unread: Committed shards whose file or commit could not be read.
+        strays: File names in ``commits/`` of no shard of the plan, or of another spelling.
         damaged_head: Digest of the output head of a ``hidden`` cache that is not what was committed, or None.
         damaged_tables: Digest of the id tables that are not those of the plan, or None.
-        problems: One line each; empty when all is well.
+        problems: One line for each damage.
+        unknown: One line for each thing that could not be read.
     """
 
     num_shards: int
@@ -41,14 +50,17 @@ class Audit:
     num_sequences: int = 0
     missing: list[int] = field(default_factory=list)
     damaged: list[int] = field(default_factory=list)
+    unread: list[int] = field(default_factory=list)
+    strays: list[str] = field(default_factory=list)
     damaged_head: str | None = None
     damaged_tables: str | None = None
     problems: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
 
     @property
     def intact(self) -> bool:
-        """Nothing is damaged (shards may still be missing)."""
-        return not self.problems
+        """All that is committed was read, and nothing is damaged (shards may still be missing)."""
+        return not self.problems and not self.unknown
 
 
 def verify_cache(store: Store, *, deep: bool = True, on_shard: Callable[[int], None] = lambda _: None) -> Audit:
@@ -61,37 +73,89 @@ def verify_cache(store: Store, *, deep: bool = True, on_shard: Callable[[int], N
 
     Raises:
         CacheNotFoundError: There is no cache here.
+        StoreUnavailableError: The store does not answer.
     """
     plan = read_plan(store)
     audit = Audit(num_shards=plan.spec.num_shards)
-    commits = _readable_commits(store, audit)
+    commits = _look_at_commits(store, plan, audit)
+    known = set(audit.damaged + audit.unread).union(commit.shard for commit in commits)
+    audit.missing = [shard for shard in range(plan.spec.num_shards) if shard not in known]
     if not _tables_are_whole(store, plan, audit):
         return audit
     try:
-        derived = derive_manifest(plan, commits)
+        derived = _derive(plan, commits, audit)
         reader = CacheReader(store, allow_incomplete=True, manifest=derived)
     except CacheError as error:
         audit.problems.append(error.message)
         return audit
-    _check_records(store, plan, commits, derived, audit)
-    committed = set(derived.shards.shard)
-    audit.missing = [s for s in range(plan.spec.num_shards) if s not in committed and s not in audit.damaged]
+    _check_records(store, plan, derived, audit)
     if derived.head_digest is not None:
-        try:
-            reader.head_bytes()
-        except CacheError as error:
-            audit.problems.append(error.message)
-            audit.damaged_head = derived.head_digest
+        with _noting(store, audit):
+            try:
+                reader.head_bytes()
+            except CacheError:
+                audit.damaged_head = derived.head_digest
+                raise
     for position, number in enumerate(derived.shards.shard):
-        try:
+        with _noting(store, audit, number):
             audit.num_sequences += _verify_shard(reader, position, deep)
             audit.num_verified += 1
-        except CacheError as error:
-            message = error.message if error.message.startswith("shard") else f"shard {number:05d}: {error.message}"
-            audit.problems.append(message)
-            audit.damaged.append(number)
         on_shard(position + 1)
     return audit
+
+
+@contextlib.contextmanager
+def _noting(store: Store, audit: Audit, shard: int | None = None) -> Iterator[None]:
+    """Note what is wrong with something, or that it could not be read; ``shard`` is whose it is."""
+    try:
+        yield
+    except (StoreUnavailableError, MemoryError) as error:
+        read_plan(store)  # a store that does not answer at all ends the audit here
+        audit.unknown.append(_message(error, shard))
+        if shard is not None:
+            audit.unread.append(shard)
+    except CacheError as error:
+        audit.problems.append(_message(error, shard))
+        if shard is not None:
+            audit.damaged.append(shard)
+
+
+def _message(error: KDCacheError | MemoryError, shard: int | None) -> str:
+    text = "not enough memory to look at it" if isinstance(error, MemoryError) else error.message
+    return text if shard is None or text.startswith("shard") else f"shard {shard:05d}: {text}"
+
+
+def _look_at_commits(store: Store, plan: Plan, audit: Audit) -> list[Commit]:
+    """The commits of this plan that can be read; what else stands among them is damage."""
+    shards = []
+    for name in store.names_in(COMMITS):
+        shard = parse_number(name)
+        if shard is None:
+            continue
+        if f"{COMMITS}/{name}" == commit_name(shard) and shard < plan.spec.num_shards:
+            shards.append(shard)
+        else:
+            audit.problems.append(
+                f"{COMMITS}/{name} is the commit of no shard of this plan ({plan.spec.num_shards} shards)"
+            )
+            audit.strays.append(name)
+    shards.sort()
+    try:
+        files = store.read_all([commit_name(shard) for shard in shards])
+    except KDCacheError:  # of one of them
+        files = []
+    commits = []
+    for position, shard in enumerate(shards):
+        name = commit_name(shard)
+        with _noting(store, audit, shard):
+            data = files[position] if files else store.read(name)
+            commit = parse_commit(store, shard, data)
+            if commit.plan != plan.fingerprint:
+                raise CacheMismatchError(f"{name} belongs to plan {commit.plan}, this cache has {plan.fingerprint}")
+            commits.append(commit)
+            if data != to_json(commit):
+                raise CacheCorruptError(f"{name}: not the bytes that were written")
+    return commits
 
 
 def _tables_are_whole(store: Store, plan: Plan, audit: Audit) -> bool:
@@ -99,63 +163,81 @@ def _tables_are_whole(store: Store, plan: Plan, audit: Audit) -> bool:
     digest = plan.spec.codec.id_tables
     if digest is None:
         return True
-    try:
-        read_id_tables(store, digest, plan.spec.teacher.vocab_size)
-    except CacheError as error:
-        audit.problems.append(error.message)
-        audit.damaged_tables = digest
-        return False
-    return True
-
-
-def _check_records(store: Store, plan: Plan, commits: list[Commit], derived: Manifest, audit: Audit) -> None:
-    """Plan and commits are the very bytes that were written, and the manifest is what follows from them."""
-    if store.exists(MANIFEST):
+    whole = False
+    with _noting(store, audit):
         try:
-            if current_manifest(store) != derived or store.read(MANIFEST) != to_json(derived):
-                audit.problems.append(f"{MANIFEST} does not follow from the commits; remove it and run the dump again")
-        except CacheError as error:
-            audit.problems.append(error.message)
-    if store.read(PLAN) != to_json(plan):
-        audit.problems.append(f"{PLAN}: not the bytes that were written")
-    for commit in commits:
-        if store.read(commit_name(commit.shard)) != to_json(commit):
-            audit.problems.append(f"{commit_name(commit.shard)}: not the bytes that were written")
-            audit.damaged.append(commit.shard)
+            read_id_tables(store, digest, plan.spec.teacher.vocab_size)
+            whole = True
+        except CacheError:
+            audit.damaged_tables = digest
+            raise
+    return whole
 
 
-def _readable_commits(store: Store, audit: Audit) -> list[Commit]:
-    """The commits that can be read; the others are damage."""
-    try:
-        return read_commits(store)
-    except CacheError:
-        commits = []
-        for shard in sorted(committed_shards(store)):
-            try:
-                commits.append(read_commit(store, shard))
-            except CacheError as error:
-                audit.problems.append(error.message)
-                audit.damaged.append(shard)
+def _derive(plan: Plan, commits: list[Commit], audit: Audit) -> Manifest:
+    """The manifest of those commits that go together; the others are damage."""
+    commits = _of_one_head(plan, commits, audit)
+    while True:
+        try:
+            return derive_manifest(plan, commits)
+        except CacheMismatchError as error:  # their sums are more than a cache can have
+            most = max(
+                commits, key=lambda commit: max(map(abs, [commit.num_bytes, *commit.stats.model_dump().values()]))
+            )
+            audit.problems.append(_message(error, most.shard))
+            audit.damaged.append(most.shard)
+            commits = [commit for commit in commits if commit is not most]
+
+
+def _of_one_head(plan: Plan, commits: list[Commit], audit: Audit) -> list[Commit]:
+    """Those that name the output head which most name; a ``hidden`` cache has one, others have none."""
+    heads = Counter(commit.head_digest for commit in commits)
+    if len(heads) < 2:
         return commits
+    wanted = plan.spec.targets.scheme == "hidden"
+    kept = max(sorted(heads, key=str), key=lambda head: ((head is not None) == wanted, heads[head]))
+    for commit in commits:
+        if commit.head_digest != kept:
+            audit.problems.append(
+                f"{commit_name(commit.shard)} names the output head {commit.head_digest}, the others {kept}"
+            )
+            audit.damaged.append(commit.shard)
+    return [commit for commit in commits if commit.head_digest == kept]
+
+
+def _check_records(store: Store, plan: Plan, derived: Manifest, audit: Audit) -> None:
+    """The plan is the very bytes that were written, and the manifest is what follows from the commits."""
+    with _noting(store, audit):
+        if store.exists(MANIFEST):
+            follows = current_manifest(store) == derived and store.read(MANIFEST) == to_json(derived)
+            if not follows and not audit.unread:  # what follows from a commit that was not read is not known
+                audit.problems.append(f"{MANIFEST} does not follow from the commits; remove it and run the dump again")
+    with _noting(store, audit):
+        if store.read(PLAN) != to_json(plan):
+            audit.problems.append(f"{PLAN}: not the bytes that were written")
 
 
 def repair(store: Store, audit: Audit) -> list[int]:
-    """Take back the commits of damaged shards, so that the next run of the dump makes them anew; nothing else is touched.
+    """Take back the commits of damaged shards, so that the next run of the dump makes them anew, and what is no commit of the plan.
 
-    A damaged file stays until its successor replaces it.
+    Nothing else is touched: a damaged file stays until its successor replaces it, and of what could not be read nothing is
+    taken back.
 
     Returns:
         The shards to be made again.
     """
-    again = sorted(set(audit.damaged))
+    again = sorted(set(audit.damaged) - set(audit.unread))
     if audit.damaged_tables is not None:
         store.delete(table_name(audit.damaged_tables))
     if audit.damaged_head is not None:
         store.delete(table_name(audit.damaged_head))
         # The head is written by a worker that has a shard to make.
-        again = again or [min(committed_shards(store))]
-    if not audit.intact:
+        planned = {shard for shard in committed_shards(store) if shard < audit.num_shards}
+        again = again or sorted(planned - set(audit.unread))[:1]
+    if audit.problems:
         store.delete(MANIFEST)
+    for name in audit.strays:
+        store.delete(f"{COMMITS}/{name}")
     for shard in again:
         store.delete(commit_name(shard))
     return again

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from kdcache.cache.layout import COMMITS
 from kdcache.cache.reader import CacheReader
 from kdcache.cache.store import Store, open_store
 from kdcache.cache.verify import Audit, repair, verify_cache
@@ -39,7 +40,9 @@ def command(
 ) -> None:  # fmt: skip
     """Check every byte of a cache against its commits, and that targets and tokens belong together.
 
-    Exit code 0: whole. 1: damaged, or not what the teacher says. 3: whole so far, but shards are missing (also those that --repair took back).
+    What cannot be read is neither whole nor damaged: it is said, and --repair leaves it alone.
+
+    Exit code 0: whole. 1: damaged, not what the teacher says, or not all could be read. 3: whole so far, but shards are missing (also those that --repair took back).
     """
     store = open_store(cache)
     audit = verify_cache(store, deep=deep)
@@ -55,15 +58,22 @@ def command(
         sys.exit(1)
     if audit.intact:
         sys.exit(3 if audit.missing else 0)
-    if not mend:
+    if audit.problems and not mend:
         click.echo(
             "hint: kdcache verify --repair takes the damaged shards back, and the same dump makes them anew", err=True
         )
-        sys.exit(1)
-    again = repair(store, audit)
-    click.echo(f"taken back: {', '.join(f'{shard:05d}' for shard in again) or 'the manifest'}", err=True)
-    click.echo("hint: run the same command again that made the cache; only these shards are made", err=True)
-    sys.exit(3)
+    if audit.problems and mend:
+        again = repair(store, audit)
+        taken = [f"{shard:05d}" for shard in again] + [f"{COMMITS}/{name}" for name in audit.strays]
+        click.echo(f"taken back: {', '.join(taken) or 'the manifest'}", err=True)
+        click.echo("hint: run the same command again that made the cache; only these shards are made", err=True)
+    if audit.unknown:
+        click.echo(
+            "hint: what could not be read may be whole: mend the cause and verify again. A file that its disk no longer gives is "
+            "removed by hand; it then counts as lost, and --repair takes its shard back",
+            err=True,
+        )
+    sys.exit(3 if mend and not audit.unknown else 1)
 
 
 def _against_teacher(store: Store, num_sequences: int, teacher: str | None, device: str) -> TeacherAudit:
@@ -77,6 +87,8 @@ def _print(audit: Audit, live: TeacherAudit | None) -> None:
     click.echo(f"{audit.num_verified} of {audit.num_shards} shards verified, {audit.num_sequences:,} sequences")
     for problem in audit.problems:
         click.echo(f"damaged: {problem}")
+    for message in audit.unknown:
+        click.echo(f"could not be looked at: {message}")
     if audit.missing:
         click.echo(f"missing: {len(audit.missing)} shards, the first is {audit.missing[0]:05d}")
     if live is None:

@@ -23,7 +23,7 @@ from kdcache.dump.average import describe_averaged
 from kdcache.dump.dataset import asked_of_corpus, describe_corpus, open_rows
 from kdcache.dump.options import DEFAULT_SHARD_POSITIONS, MIN_SHARDS, DumpOptions
 from kdcache.dump.pilot import choose_tables, count_tables
-from kdcache.errors import CacheMismatchError, ConfigError
+from kdcache.errors import CacheCorruptError, CacheMismatchError, ConfigError
 from kdcache.model_files import find_model, model_digest
 from kdcache.models import describe_model, describe_tokenizer, load_config, load_tokenizer, parse_dtype, pick_device
 from kdcache.specs import ComputeSpec, TeacherSpec
@@ -127,6 +127,13 @@ def make_plan(
         tables = standing.spec.codec.id_tables if standing else digest(data)
         if tables == digest(data):
             store.put_if_absent(table_name(tables), data)
+        elif tables is not None and not store.exists(table_name(tables)):
+            raise CacheCorruptError(
+                f"{store}: the plan names id tables {tables}, {table_name(tables)} is gone, and counting them anew gives "
+                f"{digest(data)}: no shard could be read",
+                hint="go on where the cache was begun (same device, same versions as in plan.json), put a copy of the file back, or "
+                "dump anew to another --output",
+            )
     plan = _plan(spec.model_copy(update={"codec": codec.model_copy(update={"id_tables": tables})}))
     return publish_plan(store, plan), rows
 

@@ -10,9 +10,10 @@ import pytest
 from kdcache.cache.garbage import collect_garbage
 from kdcache.cache.reader import open_cache
 from kdcache.cache.store import LocalStore
+from kdcache.cache.tables import IdTables
 from kdcache.cache.transcode import TranscodeOptions, transcode
 from kdcache.cache.verify import repair, verify_cache
-from kdcache.dump import pilot
+from kdcache.dump import pilot, plan
 from kdcache.dump.launch import dump
 from kdcache.dump.options import DumpOptions
 from kdcache.errors import CacheCorruptError, CacheMismatchError, ConfigError
@@ -128,6 +129,32 @@ def test_lost_tables_are_found_and_counted_anew(options, tmp_path, damage):
     assert repair(store, audit) == []
     run(options, cache, id_tables="context")
     assert contents(cache) == reference
+
+
+@pytest.mark.parametrize("all_committed", [True, False])
+def test_lost_tables_that_are_counted_otherwise_are_refused(options, tmp_path, monkeypatch, all_committed):
+    """Another device, another version: the last bits of the pilot differ. Sealing would leave a cache that nobody can read."""
+    cache, store = tmp_path / "c", LocalStore(tmp_path / "c")
+    run(options, cache, id_tables="context")
+    for path in [*(cache / "tables").iterdir(), cache / "manifest.json"]:
+        path.unlink()
+    if not all_committed:
+        (cache / "commits" / "00001.json").unlink()
+    before = contents(cache)
+    real = plan.count_tables
+
+    def counted_otherwise(*about):
+        tables = real(*about)
+        return IdTables(tables.order[::-1].copy(), tables.contexts, tables.lists)
+
+    monkeypatch.setattr(plan, "count_tables", counted_otherwise)
+    with pytest.raises(CacheCorruptError, match="counting them anew gives") as caught:
+        run(options, cache, id_tables="context")
+    assert "where the cache was begun" in caught.value.hint
+    assert contents(cache) == before
+    monkeypatch.undo()
+    run(options, cache, id_tables="context")
+    assert verify_cache(store).intact
 
 
 def test_garbage_is_not_what_the_plan_names(options, tmp_path):

@@ -112,6 +112,17 @@ def test_a_damaged_orphan_is_replaced(store):
     assert store.read(name) == bytes(data)
 
 
+def test_an_orphan_that_cannot_be_read_is_replaced(store):
+    """The kernel answers this read with EIO, as a bad sector would."""
+    data, _ = build_shard(PLAN, 1)
+    name = shard_name(1, digest(data))
+    (store.root / "shards").mkdir()
+    (store.root / name).symlink_to("/proc/self/mem")
+    assert put_shard(store, PLAN, 1)
+    assert store.read(name) == bytes(data)
+    assert not (store.root / name).is_symlink()
+
+
 def test_files_that_are_no_commits_are_left_alone(store):
     put_shard(store, PLAN, 1)
     for name in ("notes.txt", "1.json", "00001.json.bak", "xxxxx.json"):
@@ -133,6 +144,8 @@ def test_a_commit_under_another_spelling(store, name):
     store.put_if_absent(f"commits/{name}", store.read("commits/00001.json"))
     with pytest.raises(CacheMismatchError, match=r"stands at commits/00001\.json"):
         read_commits(store)
+    store.delete("commits/00001.json")
+    assert committed_shards(store) == set()
 
 
 def test_a_commit_of_another_cache(store, tmp_path):

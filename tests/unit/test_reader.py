@@ -1,4 +1,5 @@
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from kdcache.cache.reader import CacheReader, open_cache
 from kdcache.cache.shard import ShardBuilder, digest, sequence_id
 from kdcache.cache.store import LocalStore
 from kdcache.errors import CacheCorruptError, CacheIncompleteError, CacheNotFoundError, ConfigError
+from tests.object_stores import in_threads
 from tests.strategies import build_shard, make_plan, make_row, put_shard, write_cache
 
 PLAN = make_plan()
@@ -93,6 +95,29 @@ def test_few_shards_stay_open(finished, monkeypatch):
     for index in (0, 3, 6, 9, 1, 4, 0, 9):
         assert_row(reader[index], index)
         assert len(reader._open) <= 2
+
+
+def test_threads_share_a_reader(finished, monkeypatch):
+    """While each throws out what the others have just opened."""
+    monkeypatch.setattr(reader_module, "MAX_OPEN_SHARDS", 1)
+    reader = open_cache(finished.root)
+    failures = []
+
+    def read(i):
+        try:
+            for index in np.random.default_rng(i).integers(0, 10, size=150):
+                reader.tokens(int(index))
+        except KeyError as error:
+            failures.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        in_threads(6, read)
+    finally:
+        sys.setswitchinterval(before)
+    assert not failures
+    assert len(reader._open) == 1
 
 
 def test_digest_is_checked_once_a_shard(finished, monkeypatch):

@@ -1,12 +1,17 @@
 """The verbs of a store, on every kind of store there is; local copies; what happens when calls fail."""
 
+import contextlib
 import os
+import resource
+import time
 from pathlib import Path
 
 import fsspec
 import pytest
 import xxhash
+from click.testing import CliRunner
 
+from kdcache.cache import copies as copies_module
 from kdcache.cache import remote
 from kdcache.cache.commit import check_writers
 from kdcache.cache.copies import LocalCopies
@@ -14,6 +19,7 @@ from kdcache.cache.reader import open_cache
 from kdcache.cache.shard import content_hash
 from kdcache.cache.store import LocalStore, open_store
 from kdcache.cache.verify import verify_cache
+from kdcache.cli import main
 from kdcache.errors import (
     CacheCorruptError,
     CacheNotFoundError,
@@ -246,16 +252,16 @@ def test_copies_make_room_but_never_the_last_one(tmp_path):
     """The ones longest unused go first; one whose original is gone stays."""
     originals = {}
 
-    def has(url, size):
-        return len(originals.get(url, b"")) == size
-
-    copies = LocalCopies(tmp_path / "copies", 3000, has)
+    copies = LocalCopies(tmp_path / "copies", 3000, lambda url: originals.get(url, b"").hex() or None)
     blobs = [os.urandom(1000) for _ in range(6)]
 
     def use(i):
         url = f"s3://b/{i}"
         digest = xxhash.xxh3_128_hexdigest(blobs[i])
-        assert bytes(copies.open(digest, 1000, url, lambda file: file.write(originals[url]))) == blobs[i]
+        assert bytes(copies.open(digest, 1000, url, fetch(url))) == blobs[i]
+
+    def fetch(url):
+        return lambda write: (write(originals[url]), originals[url].hex())[1]
 
     def held():
         digests = {xxhash.xxh3_128_hexdigest(blob): i for i, blob in enumerate(blobs)}
@@ -290,8 +296,8 @@ def test_copies_tidy_up_after_fetches_that_were_killed(tmp_path):
     (folder / "old.part").write_bytes(b"x")
     (folder / "new.part").write_bytes(b"x")
     os.utime(folder / "old.part", (1e9, 1e9))
-    LocalCopies(folder, 10**9, lambda url, size: True).open(
-        xxhash.xxh3_128_hexdigest(b"abc"), 3, "s3://b/x", lambda file: file.write(b"abc")
+    LocalCopies(folder, 10**9, lambda url: "1").open(
+        xxhash.xxh3_128_hexdigest(b"abc"), 3, "s3://b/x", lambda write: (write(b"abc"), "1")[1]
     )
     assert sorted(path.name for path in folder.glob("*.part")) == ["new.part"]
 
@@ -300,7 +306,166 @@ def test_copies_tidy_up_after_fetches_that_were_killed(tmp_path):
 def test_a_limit_that_is_no_number(monkeypatch, limit):
     monkeypatch.setenv("KDCACHE_COPIES_GB", limit)
     with pytest.raises(ConfigError, match="KDCACHE_COPIES_GB"):
-        LocalCopies.from_environment(lambda url, size: True)
+        LocalCopies.from_environment(lambda url: "1")
+
+
+def test_a_user_without_a_home_folder(monkeypatch):
+    monkeypatch.setenv("KDCACHE_COPIES", "~no-such-user/copies")
+    with pytest.raises(ConfigError, match="no home folder") as caught:
+        LocalCopies.from_environment(lambda url: "1")
+    assert "KDCACHE_COPIES" in caught.value.hint
+
+
+def test_a_peer_takes_a_copy_while_it_is_hashed(faulty, tmp_path, monkeypatch):
+    """What is mapped stays; the original is not called damaged, nor the folder."""
+    data = os.urandom(5000)
+    faulty.replace(named(data), data)
+    faulty.map(named(data), len(data))
+    real = copies_module.map_file
+
+    def taken(path, *about):
+        copy = real(path, *about)
+        if path.suffix == ".arrow":
+            path.unlink()
+        return copy
+
+    monkeypatch.setattr(copies_module, "map_file", taken)
+    assert bytes(faulty.map(named(data), len(data))) == data
+
+
+def test_a_peer_takes_every_copy_as_soon_as_it_is_there(faulty, tmp_path, monkeypatch):
+    data = os.urandom(5000)
+    faulty.replace(named(data), data)
+    real = os.replace
+
+    def taken(source, target):
+        real(source, target)
+        os.unlink(target)
+
+    monkeypatch.setattr(os, "replace", taken)
+    assert bytes(faulty.map(named(data), len(data))) == data
+
+
+def test_many_readers_share_a_folder_that_is_too_small(faulty, monkeypatch):
+    """Each fetch throws out what others have just fetched, or are hashing."""
+    blobs = [os.urandom(20_000 + i) for i in range(6)]
+    for blob in blobs:
+        faulty.replace(named(blob), blob)
+    monkeypatch.setenv("KDCACHE_COPIES_GB", "0.00005")
+
+    def read(i):
+        return all(bytes(faulty.map(named(b), len(b))) == b for b in [*blobs[i:], *blobs[:i]] * 8)
+
+    assert in_threads(6, read) == [True] * 6
+
+
+@pytest.mark.parametrize("kind", ["memory", "moto"])
+def test_a_copy_whose_original_is_another_now_stays(kind, request, tmp_path, monkeypatch):
+    """It may be the only good one left."""
+    monkeypatch.setenv("KDCACHE_COPIES", str(tmp_path / "copies"))
+    monkeypatch.setenv("KDCACHE_COPIES_GB", "0.000001")
+    store = open_store(f"{request.getfixturevalue(f'{kind}_url')}/{tmp_path.name}")
+    blobs = [os.urandom(1000) for _ in range(4)]
+    for blob in blobs:
+        store.replace(named(blob), blob)
+
+    def held():
+        digests = {xxhash.xxh3_128_hexdigest(blob): i for i, blob in enumerate(blobs)}
+        return sorted(digests[path.stem] for path in (tmp_path / "copies").glob("*.arrow"))
+
+    for i, blob in enumerate(blobs[:2]):
+        store.map(named(blob), 1000)
+        assert held() == [i], "the limit is one copy"
+    store.replace(named(blobs[1]), b"\0" + blobs[1][1:])
+    store.map(named(blobs[2]), 1000)
+    assert held() == [1, 2]
+    store.map(named(blobs[3]), 1000)
+    assert held() == [1, 3]
+
+
+def write_remote(store, tmp_path):
+    """A finished cache, uploaded file by file."""
+    local = write_cache(tmp_path / "local")
+    for path in sorted(Path(local.root).rglob("*")):
+        if path.is_file():
+            store.replace(path.relative_to(local.root).as_posix(), path.read_bytes())
+
+
+@contextlib.contextmanager
+def a_folder_that_is_a_file(folder):
+    folder.write_bytes(b"")
+    yield
+
+
+@contextlib.contextmanager
+def a_disk_that_is_full(folder):
+    """For every file of more than two kilobytes, and no shard is smaller."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("trouble", [a_folder_that_is_a_file, a_disk_that_is_full])
+def test_no_room_for_copies_is_not_a_damaged_cache(faulty, tmp_path, trouble):
+    """`verify --repair` must not take back shards because the disk of copies is full."""
+    write_remote(faulty, tmp_path)
+    before = {name: faulty.read(f"commits/{name}") for name in faulty.names_in("commits")}
+    with trouble(tmp_path / "copies"):
+        audit = verify_cache(faulty)
+        with pytest.raises(StoreUnavailableError, match="cannot keep a copy"):
+            open_cache(faulty.location)[0]
+        said = CliRunner().invoke(main, ["verify", faulty.location, "--repair"])
+    assert not audit.intact
+    assert (audit.problems, audit.damaged, audit.unread, audit.num_verified) == ([], [], [0, 1, 2, 3], 0)
+    assert said.exit_code == 1
+    assert "could not be looked at: shard 00000" in said.output
+    assert {name: faulty.read(f"commits/{name}") for name in faulty.names_in("commits")} == before
+    assert faulty.exists("manifest.json")
+
+
+def test_room_is_made_before_a_fetch(faulty, tmp_path, monkeypatch):
+    """On a full disk a smaller limit helps at once."""
+    blobs = [os.urandom(1000) for _ in range(3)]
+    for blob in blobs:
+        faulty.replace(named(blob), blob)
+        faulty.map(named(blob), 1000)
+    monkeypatch.setenv("KDCACHE_COPIES_GB", "0.000002")
+    most, real = [], faulty._ranges
+
+    def watched(names, starts, ends):
+        most.append(sum(path.stat().st_size for path in (tmp_path / "copies").glob("*.arrow")))
+        return real(names, starts, ends)
+
+    monkeypatch.setattr(faulty, "_ranges", watched)
+    more = os.urandom(1000)
+    faulty.replace(named(more), more)
+    faulty.map(named(more), 1000)
+    assert most == [1000]
+
+
+def test_a_trial_that_was_killed_is_tidied_up(faulty):
+    now = int(time.time())
+    names = [f"trial~{now - 2 * 86_400}~{'0' * 32}", f"trial~{now}~{'0' * 32}", "notes.txt"]
+    for name in names:
+        faulty.replace(f"tmp/{name}", b"first")
+    assert faulty.remove_abandoned() == 1
+    assert faulty.names_in("tmp") == sorted(names[1:])
+
+
+def test_a_trial_is_named_so_that_it_can_be_tidied_up(faulty, monkeypatch):
+    FaultyMemory.fail(3, "503 for good")
+    with pytest.raises(StoreUnavailableError):
+        faulty.is_exclusive()
+    FaultyMemory.disarm()
+    left = faulty.names_in("tmp")
+    assert left
+    later = time.time() + 2 * 86_400
+    monkeypatch.setattr(remote.time, "time", lambda: later)
+    assert faulty.remove_abandoned() == len(left)
+    assert faulty.names_in("tmp") == []
 
 
 def test_a_cache_is_read_the_same(store, tmp_path):
@@ -321,10 +486,7 @@ def test_a_cache_is_read_the_same(store, tmp_path):
 
 def test_a_store_that_cannot_be_asked_is_not_a_damaged_cache(faulty, tmp_path):
     """`verify --repair` must not take back shards because the network was down."""
-    local = write_cache(tmp_path / "local")
-    for path in sorted(Path(local.root).rglob("*")):
-        if path.is_file():
-            faulty.replace(path.relative_to(local.root).as_posix(), path.read_bytes())
+    write_remote(faulty, tmp_path)
     FaultyMemory.disarm()
     verify_cache(faulty)
     total = FaultyMemory.calls

@@ -1,4 +1,5 @@
 import errno
+import io
 import os
 import subprocess
 import sys
@@ -6,8 +7,9 @@ import sys
 import pytest
 
 from kdcache.cache import store as store_module
+from kdcache.cache.shard import digest
 from kdcache.cache.store import LocalStore, hostname, is_running
-from kdcache.errors import CacheNotFoundError, StoreError, StoreUnavailableError
+from kdcache.errors import CacheCorruptError, CacheNotFoundError, StoreError, StoreUnavailableError
 from tests.strategies import all_files
 
 HEX = "0" * 32
@@ -253,7 +255,10 @@ def test_is_running():
     assert not is_running(10**30)
 
 
-@pytest.mark.parametrize("code", [errno.EACCES, errno.ESTALE])
+UNKNOWN = [errno.EACCES, errno.ESTALE, errno.EIO, errno.EMFILE, errno.ENOMEM]
+
+
+@pytest.mark.parametrize("code", UNKNOWN)
 def test_what_may_not_be_read_is_not_damaged(store, monkeypatch, code):
     """`verify --repair` must not take back what nobody could look at."""
     store.put_if_absent("x", b"abc")
@@ -265,4 +270,69 @@ def test_what_may_not_be_read_is_not_damaged(store, monkeypatch, code):
     monkeypatch.setattr(store_module.Path, "read_bytes", refused)
     for ask in (lambda: store.read("x"), lambda: store.map("x", 3)):
         with pytest.raises(StoreUnavailableError, match="cannot read"):
+            ask()
+
+
+def test_what_fails_half_way_through_a_file_is_not_damaged(store, monkeypatch):
+    """The bytes of a map are read before it is made: a bad sector is an error that can be said, not the end of the process."""
+
+    class Failing(io.FileIO):
+        def readinto(self, buffer):
+            if self.tell():
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return super().readinto(buffer)
+
+    data = os.urandom(1 << 20)
+    store.put_if_absent("x", data)
+    monkeypatch.setattr("builtins.open", Failing)
+    with pytest.raises(StoreUnavailableError, match="cannot read"):
+        store.map("x", len(data), digest(data))
+
+
+def test_what_is_cut_short_while_it_is_read_does_not_end_the_process(store):
+    """Another client truncates the file: touching a map of it would be SIGBUS."""
+    data = os.urandom(1 << 20)
+    store.put_if_absent("x", data)
+    script = f"""
+import os, xxhash
+from kdcache.cache.store import LocalStore
+from kdcache.errors import CacheCorruptError
+real = xxhash.xxh3_128
+class Truncating:
+    def __init__(self): self.state = real()
+    def update(self, part):
+        os.truncate({str(store.root / "x")!r}, 10)
+        self.state.update(part)
+    def hexdigest(self): return self.state.hexdigest()
+xxhash.xxh3_128 = Truncating
+try:
+    LocalStore({str(store.root)!r}).map("x", {len(data)}, {digest(data)!r})
+except CacheCorruptError as error:
+    print(error.message)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"digest {digest(data)} was committed, the bytes on disk have")
+
+
+def test_a_map_of_other_bytes(store):
+    store.put_if_absent("x", b"abc")
+    assert bytes(store.map("x", 3, digest(b"abc"))) == b"abc"
+    with pytest.raises(CacheCorruptError, match=f"digest {digest(b'abd')} was committed, the bytes on disk have"):
+        store.map("x", 3, digest(b"abd"))
+
+
+def test_what_cannot_be_looked_for(tmp_path):
+    """Not "there is none": a name that this file system does not take stands here for a server that fails."""
+    store = LocalStore(tmp_path / ("x" * 300))
+    for ask in (lambda: store.exists("plan.json"), lambda: store.names_in("")):
+        with pytest.raises(StoreUnavailableError, match="File name too long"):
+            ask()
+
+
+def test_a_link_that_leads_nowhere_holds_no_file(store):
+    store.root.mkdir()
+    (store.root / "x").symlink_to("x")
+    assert not store.exists("x")
+    for ask in (lambda: store.read("x"), lambda: store.map("x", 3)):
+        with pytest.raises(StoreError, match="cannot read"):
             ask()

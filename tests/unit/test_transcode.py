@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from kdcache.cache.commit import commit_name, publish_plan, read_plan
+from kdcache.cache.commit import commit_name, commit_shard, publish_plan, read_plan, seal
 from kdcache.cache.reader import open_cache
 from kdcache.cache.store import LocalStore
 from kdcache.cache.transcode import TranscodeOptions, plan_of, transcode
@@ -14,7 +14,16 @@ from kdcache.cache.verify import verify_cache
 from kdcache.cli import main
 from kdcache.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, ConfigError
 from kdcache.targets import keep_entries, keep_most_probable, keep_temperatures, keep_top_p
-from tests.strategies import all_files, make_plan, make_row, put_shard, targets_from_logits, write_cache, zipf_logits
+from tests.strategies import (
+    all_files,
+    build_shard,
+    make_plan,
+    make_row,
+    put_shard,
+    targets_from_logits,
+    write_cache,
+    zipf_logits,
+)
 
 EXACT = make_plan(codec__name="exact", targets__temperatures=[1.0, 2.0, 4.0])
 
@@ -127,6 +136,18 @@ def test_a_transcoded_cache_is_a_cache(source, tmp_path):
     assert new.manifest.stats.num_entries < old.manifest.stats.num_entries
     assert new.manifest.stats.num_rows == old.manifest.stats.num_rows
     assert 0 < new.manifest.stats.sum_codec_kl / new.manifest.stats.num_kl_targets < 1e-3
+
+
+def test_what_became_of_answers_is_still_told(tmp_path):
+    """The text is the same, so is what was dropped on the way to it."""
+    store, dropped = LocalStore(tmp_path / "source"), {"num_answers_short": 3, "num_answers_duplicate": 1}
+    publish_plan(store, EXACT)
+    for shard in range(EXACT.spec.num_shards):
+        data, stats = build_shard(EXACT, shard)
+        commit_shard(store, EXACT, shard, data, stats.model_copy(update=dropped), worker="w", seconds=0.0)
+    seal(store)
+    new = changed(store.root, tmp_path, top_k=3)
+    assert (new.manifest.stats.num_answers_short, new.manifest.stats.num_answers_duplicate) == (12, 4)
 
 
 def test_top_k_becomes_top_p_and_top_p_smaller(source, tmp_path):

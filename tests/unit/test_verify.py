@@ -1,4 +1,8 @@
+import errno
+import io
 import json
+import os
+import resource
 
 import pytest
 from click.testing import CliRunner
@@ -9,7 +13,7 @@ from kdcache.cache.shard import ShardBuilder, digest
 from kdcache.cache.store import LocalStore
 from kdcache.cache.verify import repair, verify_cache
 from kdcache.cli import main
-from kdcache.errors import CacheNotFoundError
+from kdcache.errors import CacheNotFoundError, StoreUnavailableError
 from kdcache.targets import TokenSequence
 from tests.strategies import all_files, build_shard, make_plan, make_row, put_shard, write_cache
 
@@ -223,3 +227,172 @@ def test_verifying_changes_nothing(store):
     verify_cache(store)
     assert [store.read(f"shards/{name}") for name in store.names_in("shards")] == before
     assert len(read_commits(store)) == 4
+
+
+# --- what could not be read -------------------------------------------------------------------------------------------
+
+
+def unreadable(store, name):
+    """The kernel answers every read of this file with EIO, as it does for a bad sector."""
+    store.delete(name)
+    (store.root / name).symlink_to("/proc/self/mem")
+
+
+@pytest.fixture
+def bad_sector(monkeypatch):
+    """Reading a file that a name is given of fails; the rest is read."""
+    bad = []
+
+    class Failing(io.FileIO):
+        def readinto(self, buffer):
+            if bad and self.name == bad[0]:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return super().readinto(buffer)
+
+    real = open
+    monkeypatch.setattr("builtins.open", lambda path, *how: Failing(path) if path in bad else real(path, *how))
+    return bad
+
+
+def test_a_shard_that_cannot_be_read_is_not_taken_back(store, bad_sector):
+    """Not even beside one that is damaged; removed by hand it is lost, and redone."""
+    whole = all_files(store.root)
+    bad_sector.append(store.root / shard_file(2))
+    flip(store, shard_file(0))
+    audit = verify_cache(store)
+    assert not audit.intact
+    assert (audit.damaged, audit.unread, audit.missing, audit.num_verified) == ([0], [2], [], 2)
+    assert audit.unknown == [f"shard 00002: {store.root / shard_file(2)}: cannot read (Input/output error)"]
+    said = CliRunner().invoke(main, ["verify", str(store), "--repair"])
+    assert said.exit_code == 1
+    assert "could not be looked at: shard 00002" in said.output and "taken back: 00000\n" in said.output
+    assert "removed by hand" in said.output
+    put_shard(store, PLAN, 0)
+    seal(store)
+    said = CliRunner().invoke(main, ["verify", str(store), "--repair"])
+    assert said.exit_code == 1 and "taken back" not in said.output
+    (store.root / shard_file(2)).unlink()
+    bad_sector.clear()
+    said = CliRunner().invoke(main, ["verify", str(store), "--repair"])
+    assert said.exit_code == 3 and "taken back: 00002\n" in said.output
+    put_shard(store, PLAN, 2)
+    assert seal(store).sealed and verify_cache(store).intact
+    now = all_files(store.root)
+    assert now.keys() == whole.keys()
+    assert all(now[name] == whole[name] for name in whole if not name.startswith("commits/"))
+
+
+@pytest.mark.parametrize("name", [commit_name(2), "manifest.json"])
+def test_a_record_that_cannot_be_read(store, name):
+    """What follows from a commit that nobody read is not known: the manifest is not accused."""
+    unreadable(store, name)
+    audit = verify_cache(store)
+    assert not audit.intact
+    assert (audit.problems, audit.damaged, audit.missing) == ([], [], [])
+    assert audit.unread == ([2] if name == commit_name(2) else [])
+    assert len(audit.unknown) == 1 and name in audit.unknown[0]
+    before = store.names_in("commits")
+    assert CliRunner().invoke(main, ["verify", str(store), "--repair"]).exit_code == 1
+    assert store.names_in("commits") == before and "manifest.json" in store.names_in("")
+
+
+def test_without_file_descriptors_nothing_is_known(store):
+    """The audit ends: a store that does not even give its plan says nothing about its shards."""
+    verify_cache(store)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
+    try:
+        with pytest.raises(StoreUnavailableError, match="Too many open files"):
+            verify_cache(store)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_without_memory_nothing_is_known(store, monkeypatch):
+    def no_memory(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr("kdcache.cache.reader.ShardReader", no_memory)
+    audit = verify_cache(store)
+    assert (audit.problems, audit.damaged, audit.unread) == ([], [], [0, 1, 2, 3])
+    assert audit.unknown[0] == "shard 00000: not enough memory to look at it"
+
+
+# --- commits that do not belong ---------------------------------------------------------------------------------------
+
+
+def foreign_plan(store):
+    other = write_cache(store.root.parent / "other", make_plan(targets__k=7))
+    store.replace(commit_name(2), other.read(commit_name(2)))
+
+
+def beyond_the_plan(store):
+    recommit(store, 2, 7, shard=7)
+
+
+def a_number_in_six_digits(store):
+    store.replace("commits/000002.json", store.read(commit_name(2)))
+
+
+def six_digits_alone(store):
+    a_number_in_six_digits(store)
+    store.delete(commit_name(2))
+
+
+def another_head(store):
+    recommit(store, 2, 2, head_digest=digest(b"head"))
+
+
+def more_than_a_cache_has(store):
+    stats = json.loads(store.read(commit_name(2)))["stats"]
+    recommit(store, 2, 2, stats={**stats, "num_sequences": (1 << 62) - 1})
+
+
+def recommit(store, source, number, **changes):
+    fields = json.loads(store.read(commit_name(source)))
+    del fields["record_digest"]
+    store.replace(commit_name(number), signed_json({**fields, **changes}))
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [foreign_plan, beyond_the_plan, a_number_in_six_digits, six_digits_alone, another_head, more_than_a_cache_has],
+)
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_commit_that_does_not_belong_is_removed_and_the_dump_finishes(tmp_path, harm, sealed):
+    """The other shards are verified all the same."""
+    store = write_cache(tmp_path / "c")
+    flip(store, shard_file(1))
+    harm(store)
+    if not sealed:
+        store.delete("manifest.json")
+    audit = verify_cache(store)
+    replaced = harm in (foreign_plan, another_head, more_than_a_cache_has)
+    lost = replaced or harm is six_digits_alone
+    assert audit.num_verified == (2 if lost else 3)
+    assert sorted(audit.damaged) == ([1, 2] if replaced else [1])
+    assert audit.missing == ([2] if harm is six_digits_alone else [])
+    assert audit.strays == ([] if replaced else ["00007.json" if harm is beyond_the_plan else "000002.json"])
+    said = CliRunner().invoke(main, ["verify", str(store), "--repair"])
+    assert said.exit_code == 3
+    assert all(f"commits/{name}" in said.output for name in audit.strays)
+    now = verify_cache(store)
+    assert now.intact
+    assert now.missing == ([1, 2] if lost else [1])
+    for shard in now.missing:
+        put_shard(store, PLAN, shard)
+    assert seal(store).sealed
+    audit = verify_cache(store)
+    assert audit.intact and audit.num_verified == 4
+
+
+def test_of_heads_that_differ_most_count(tmp_path):
+    store = LocalStore(tmp_path)
+    publish_plan(store, PLAN)
+    for shard, head in enumerate([b"head", b"other", b"head", b"head"]):
+        store.put_if_absent(table_name(digest(head)), head)
+        commit_shard(store, PLAN, shard, *build_shard(PLAN, shard), worker="w", seconds=0.0, head_digest=digest(head))
+    audit = verify_cache(store)
+    assert audit.damaged == [1] and audit.num_verified == 3
+    assert repair(store, audit) == [1]
+    assert verify_cache(store).intact

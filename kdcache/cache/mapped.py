@@ -1,0 +1,43 @@
+"""A file as a read-only map, once its bytes were read and hashed.
+
+The bytes are hashed by reading them, not through the map: where a disk or a server fails, reading is an error that can be said,
+and touching a map ends the process (SIGBUS). What is read later through the map lies in the page cache as a rule.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+from pathlib import Path
+
+import xxhash
+
+from kdcache.errors import CacheCorruptError, StoreError
+
+
+def map_file(path: Path, num_bytes: int, digest: str | None = None) -> mmap.mmap:
+    """A read-only map of a file of a known size.
+
+    Args:
+        path: The file.
+        num_bytes: Its size.
+        digest: xxh3-128 of its bytes, 32 hex digits; None leaves them unread.
+
+    Raises:
+        OSError: It is not there, or cannot be read or mapped: nothing is known about its bytes.
+        StoreError: It has another size.
+        CacheCorruptError: It has another digest.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != num_bytes or size == 0:
+            raise StoreError(f"{path}: {num_bytes} bytes were committed, found {size}")
+        # In pieces that stay in the processor's cache.
+        found = digest and hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+        if found != digest:
+            raise CacheCorruptError(f"digest {digest} was committed, the bytes on disk have {found} ({path})")
+        try:
+            return mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_READ)
+        except ValueError as error:  # cut short since it was read
+            raise StoreError(f"{path}: {num_bytes} bytes were committed, found fewer") from error
