@@ -2,7 +2,8 @@
 
 Rates: real targets (top_k 64) repeated to some hundred sequences, from files in the page cache, one thread, best of several, each
 form within the same run. Ours come as compact integers, as the training device takes them, with all checks; the others as ids and
-half-float logprobs. A random sequence is one that nobody asked for before.
+half-float logprobs. A random sequence is one that nobody asked for before; where shards give way, each is of a shard that has to be
+opened again, as it is in a cache of many more shards than a reader keeps open.
 
     python benchmarks/bench_reader.py [--rounds 3] [--repeat 8]
 """
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -31,9 +33,10 @@ from kdcache.cache.commit import MANIFEST, current_manifest
 from kdcache.cache.manifest import Commit, Plan, ShardStats, derive_manifest, to_json
 from kdcache.cache.reader import CacheReader, open_cache
 from kdcache.cache.store import LocalStore
+from kdcache.cache.transcode import TranscodeOptions, transcode
 from kdcache.dump.launch import dump
 from kdcache.dump.options import DumpOptions
-from kdcache.targets import SparseTargets
+from kdcache.targets import SparseTargets, kl_of_stored
 from tests.strategies import make_plan, write_cache
 
 K = 64
@@ -85,15 +88,19 @@ def write_peers(
 
 
 def rates(args: argparse.Namespace, root: Path) -> list[str]:
-    cache = root / "cache"
-    dump(DumpOptions(teacher=args.teacher, dataset=args.dataset, split=args.split, seq_len=1024, top_k=K,
-                     dtype="bfloat16", output=str(cache), threads=args.threads))  # fmt: skip
-    reader = open_cache(cache)
-    parts = [rectangle(row.targets) for row in reader] * args.repeat
+    exact, cache = root / "exact", root / "cache"
+    dump(DumpOptions(teacher=args.teacher, dataset=args.dataset, split=args.split, seq_len=1024, top_k=K, codec="exact",
+                     dtype="bfloat16", output=str(exact), threads=args.threads))  # fmt: skip
+    transcode(TranscodeOptions(cache=str(exact), output=str(cache), codec="packed"))
+    reader, crowded, said = open_cache(cache), open_cache(cache), [row.targets for row in open_cache(exact)]
+    halves = [replace(one, logprobs=one.logprobs.astype(np.float16).astype(np.float32)) for one in said]
+    kl = {"kdcache": mean_kl(said, [row.targets for row in reader]), "others": mean_kl(said, halves)}
+    parts = [rectangle(one) for one in said] * args.repeat
     num_positions = sum(len(ids) for ids, _ in parts)
     copied = [np.empty_like(array) for pair in parts for array in pair]
     forms: dict[str, tuple[Path | None, Callable[[int], object]]] = {
         "kdcache": (cache / "shards", lambda i: reader.compact(i % len(reader))),
+        "kdcache, shards give way": (cache / "shards", lambda i: reopened(crowded, i % len(reader))),
         **write_peers(parts, root),
     }
 
@@ -104,8 +111,8 @@ def rates(args: argparse.Namespace, root: Path) -> list[str]:
     forms["a copy in memory"] = (None, copy)
     order = np.random.default_rng(0).permutation(len(parts))
     lines = [
-        "| form | bytes/position | in order, M positions/s | at random | to kdcache, at random |",
-        "|---|---|---|---|---|",
+        "| form | bytes/position | KL at T = 1 | in order, M positions/s | at random | to kdcache, at random |",
+        "|---|---|---|---|---|---|",
     ]
     best: dict[str, tuple[float, float]] = {}
     for _ in range(args.rounds):
@@ -115,11 +122,26 @@ def rates(args: argparse.Namespace, root: Path) -> list[str]:
             before = best.get(name, (np.inf, np.inf))
             best[name] = min(before[0], in_order), min(before[1], at_random)
     for name, (path, _) in forms.items():
-        size = "-" if path is None else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
-        per = size if path is None else f"{size / num_positions * (args.repeat if name == 'kdcache' else 1):.0f}"
+        ours = name.startswith("kdcache")
+        per = "-"
+        if path is not None:
+            size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+            per = f"{size / num_positions * (args.repeat if ours else 1):.0f}"
         a, b = (num_positions / seconds / 1e6 for seconds in best[name])
-        lines.append(f"| {name} | {per} | {a:.2f} | {b:.2f} | {best['kdcache'][1] / best[name][1]:.2f} |")
+        error = f"{kl['kdcache' if ours else 'others']:.1e}"
+        lines.append(f"| {name} | {per} | {error} | {a:.2f} | {b:.2f} | {best['kdcache'][1] / best[name][1]:.2f} |")
     return lines
+
+
+def mean_kl(said: list[SparseTargets], stored: list[SparseTargets]) -> float:
+    """Nats a position, over entries and tail."""
+    return float(np.concatenate([kl_of_stored(*pair) for pair in zip(said, stored, strict=True)]).mean())
+
+
+def reopened(reader: CacheReader, index: int) -> object:
+    """A sequence of a shard that is not open."""
+    reader._open.clear()
+    return reader.compact(index)
 
 
 def synthetic(root: Path, num_shards: int) -> LocalStore:
@@ -172,7 +194,9 @@ def anonymous_peak(script: str, *arguments: str) -> int:
 
 
 READ = """
+from kdcache.cache import jit
 from kdcache.cache.reader import open_cache
+jit.note(1 << 20)
 reader = open_cache(sys.argv[1])
 reader.compact(0); gc.collect()
 start = own(); threading.Thread(target=watch, daemon=True).start()
@@ -181,6 +205,8 @@ for index in range(len(reader)):
 """
 DUMP = """
 import torch
+from kdcache.cache import jit
+jit.note(1 << 20)
 from kdcache.dump.launch import dump
 from kdcache.dump.options import DumpOptions
 torch.set_num_threads(1)

@@ -1,6 +1,6 @@
 """Copies of remote shards on a local disk, each under the digest of its bytes.
 
-A copy is hashed before every use: one that rotted is thrown away and fetched anew. Copies are made under a temporary name and
+A copy is hashed before a process uses it: one that rotted is thrown away and fetched anew. Copies are made under a temporary name and
 get theirs when they are whole and mapped, so any number of processes may share the folder, and one that makes room takes
 nothing from another. Before a fetch would grow them past the limit the ones longest unused go, but only those whose original
 is still the version that was fetched, as its store says (ETag, time of change): another copy may be the only one left. The
@@ -71,7 +71,13 @@ class LocalCopies:
             raise ConfigError(f"{folder}: this user has no home folder", hint="KDCACHE_COPIES names another") from error
 
     def open(
-        self, digest: str, num_bytes: int, origin: str, fetch: Callable[[Callable[[bytes], object]], str]
+        self,
+        digest: str,
+        num_bytes: int,
+        origin: str,
+        fetch: Callable[[Callable[[bytes], object]], str],
+        *,
+        check: bool = True,
     ) -> mmap.mmap:
         """A read-only map of the bytes with this digest.
 
@@ -80,6 +86,7 @@ class LocalCopies:
             num_bytes: Their number.
             origin: URL of the original.
             fetch: Hands the original to a function, part by part; returns its version.
+            check: Whether to hash a copy that is there; this process has done so before where not.
 
         Raises:
             CacheCorruptError: The original has another digest, when fetched a second time too.
@@ -89,7 +96,7 @@ class LocalCopies:
         with contextlib.suppress(OSError):  # there is none yet, or it is another user's
             os.utime(path)  # before it is hashed: a peer that makes room takes the ones longest unused
         try:
-            return map_file(path, num_bytes, digest)
+            return map_file(path, num_bytes, digest if check else None)
         except (FileNotFoundError, NotADirectoryError):
             pass
         except (OSError, CacheError) as error:

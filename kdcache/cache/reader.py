@@ -1,7 +1,7 @@
 """Read a cache by index, without torch.
 
 Opening reads plan and manifest only. A shard's digest is checked and it is mapped when its first sequence is asked for; after
-that a sequence costs its own frames. What is read is checked or refused, never guessed; what cannot be read is not called
+that a sequence costs its own frames, and one of a shard that gave way to others a map more: a process reads each shard whole once. What is read is checked or refused, never guessed; what cannot be read is not called
 damaged (StoreUnavailableError).
 """
 
@@ -78,6 +78,7 @@ class CacheReader:
             )
         self._ends = np.cumsum([0, *self.manifest.shards.num_sequences], dtype=np.int64)
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
+        self._whole: set[int] = set()
         self._lock = threading.Lock()
         self._by_content: dict[int, int] | None = None
 
@@ -198,20 +199,21 @@ class CacheReader:
             shard = self._open.get(position)
             if shard is not None:
                 self._open.move_to_end(position)
-        if shard is None:
-            shard = self.open_shard(position)  # not under the lock: other threads need not wait for a store
+        if shard is None:  # not under the lock: other threads need not wait for a store
+            shard = self.open_shard(position, check_digest=position not in self._whole)
             if len(shard) != self.manifest.shards.num_sequences[position]:
                 raise CacheCorruptError(
                     f"{shard.where}: {self.manifest.shards.num_sequences[position]} sequences were committed, found {len(shard)}"
                 )
             with self._lock:
+                self._whole.add(position)
                 self._open[position] = shard
                 if len(self._open) > MAX_OPEN_SHARDS:
                     self._open.popitem(last=False)
         return shard, index - int(self._ends[position])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_open", "_lock")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_open", "_whole", "_lock")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _open=OrderedDict(), _lock=threading.Lock())
+        self.__dict__.update(state, _open=OrderedDict(), _whole=set(), _lock=threading.Lock())

@@ -110,7 +110,8 @@ class RemoteStore:
     def map(self, name: str, num_bytes: int, digest: str | None = None) -> mmap.mmap:
         """A read-only memory map of a local copy; fetched by ranges unless a whole copy is there.
 
-        The name ends in the digest of the bytes, as those of shards do: it is checked whether asked for or not.
+        The name ends in the digest of the bytes, as those of shards do. What is fetched is always hashed, and a copy that is there where
+        a digest is given.
 
         Raises:
             CacheNotFoundError: There is none.
@@ -118,8 +119,6 @@ class RemoteStore:
             StoreError: It has another size.
             StoreUnavailableError: It cannot be read, or no copy kept.
         """
-        digest = digest or PurePosixPath(name).stem.rpartition("-")[2]
-
         def fetch(write: Callable[[bytes], object]) -> str:
             with self._found(name):
                 info = self._ask(f"read {name}", lambda fs, path: fs.info(path), name)
@@ -133,7 +132,8 @@ class RemoteStore:
                         write(part)
                 return _version(info)
 
-        return LocalCopies.from_environment(version_of).open(digest, num_bytes, f"{self}/{name}", fetch)
+        copies, named = LocalCopies.from_environment(version_of), PurePosixPath(name).stem.rpartition("-")[2]
+        return copies.open(named, num_bytes, f"{self}/{name}", fetch, check=digest is not None)
 
     def names_in(self, folder: str) -> list[str]:
         """File and folder names in a folder, sorted; empty when there is no folder.

@@ -128,6 +128,20 @@ def test_digest_is_checked_once_a_shard(finished, monkeypatch):
     assert calls == [0, 1, 2, 3]
 
 
+def test_a_shard_is_hashed_once_a_process(finished, monkeypatch):
+    """However often it gives way to others; a reader in another process hashes again."""
+    monkeypatch.setattr(reader_module, "MAX_OPEN_SHARDS", 1)
+    asked = []
+    real = LocalStore.map
+    monkeypatch.setattr(LocalStore, "map", lambda *a: (asked.append((a[1][7:12], a[3] is not None)), real(*a))[1])
+    reader = open_cache(finished.root)
+    for index in (0, 9, 1, 9):
+        assert_row(reader[index], index)
+    assert asked == [("00000", True), ("00003", True), ("00000", False), ("00003", False)]
+    assert_row(pickle.loads(pickle.dumps(reader))[0], 0)
+    assert asked[-1] == ("00000", True)
+
+
 def test_no_cache_here(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(CacheNotFoundError, match="is not a kdcache cache"):
