@@ -234,7 +234,17 @@ def write_provenance(folder: Path, name: str, command: str, options: BaseModel, 
     """Write :func:`run_files` into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for file, data in run_files(name, command, options, device).items():
-        (folder / file).write_bytes(data)
+        replace_file(folder / file, data.decode())
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file whole, over what stands there: who reads it, or goes on after a crash, never meets half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def library_versions() -> dict[str, str]:

@@ -1,17 +1,20 @@
 """``kdcache sweep``: many students from one cache or a few, one table, one plot, and what caching has saved.
 
 Every student is an ordinary run of ``kdcache train-student`` in a folder of its own, which can be taken up again, looked at and used
-like any other; a run that fails does not end the others. What a sweep adds is the grid, the evaluation of all students
+like any other; a run that fails, of whatever error, does not end the others. What a sweep adds is the grid, the evaluation of all students
 on the same text, and the sums.
 
-**What is saved** is said from measured times alone: the teacher's rate while the cache was dumped, and the tokens that the students
-were trained on. Distilling live, the teacher reads each of these tokens once for each student.
+**What is saved** is said from measured times alone: the seconds of the dump, and the tokens that the students were trained on. Distilling
+live, the teacher reads each of these tokens once for each student. A dump's seconds are also those of selecting and encoding what is
+kept, which a live teacher is spared, and what the teacher alone took is not recorded: so that all this is said as "at most".
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,30 +29,41 @@ from pydantic import BeforeValidator, Field
 from kdcache.cache.commit import read_commits
 from kdcache.cache.reader import open_cache
 from kdcache.cache.transcode import TranscodeOptions, transcode
-from kdcache.config import Options, check_options
+from kdcache.config import Options, check_options, replace_file
 from kdcache.errors import ConfigError, KDCacheError
+from kdcache.evaluate.bootstrap import deviation
+from kdcache.evaluate.page import number
 from kdcache.evaluate.plots import Point, Series, category_axis, line_plot, number_axis
 from kdcache.progress import Progress
 from kdcache.train.options import TrainOptions
-from kdcache.train.run import RESULTS, train
+from kdcache.train.run import RESULTS, stages_of, train
 
+logger = logging.getLogger(__name__)
 EVALUATION = "evaluation.json"
 # Where less is better; of all others more is.
 LESS_IS_BETTER = ("perplexity", "cross_entropy", "forward_kl", "reverse_kl", "calibration_error", "loss")
 OURS = ("output", "seed", "resume")
 # Not options of train-student: what a cache is cut down to, and what its spec calls that.
 CUTS = {"top_k": "k", "top_p": "top_p"}
+# To YAML 1.1 these are text, for want of a point or of a sign.
+EXPONENTIAL = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 def _parse_grid(value: Any) -> Any:
     """``{"alpha": "0.5,0.7"}`` as well as lists."""
     if not isinstance(value, Mapping):
         return value
-    return {
-        str(name).replace("-", "_"): [yaml.safe_load(part) for part in given.split(",")] if isinstance(given, str)
-        else given if isinstance(given, list) else [given]
-        for name, given in value.items()
-    }  # fmt: skip
+    grid: dict[str, list[Any]] = {}
+    for name, given in ((str(name).replace("-", "_"), given) for name, given in value.items()):
+        if name in grid:
+            raise ValueError(f"{name} is given twice")
+        many = [yaml.safe_load(part) for part in given.split(",")] if isinstance(given, str) else given
+        grid[name] = [_as_number(one) for one in (many if isinstance(many, list) else [many])]
+    return grid
+
+
+def _as_number(value: Any) -> Any:
+    return float(value) if isinstance(value, str) and EXPONENTIAL.fullmatch(value) else value
 
 
 class SweepOptions(Options):
@@ -109,11 +123,18 @@ def sweep(options: SweepOptions) -> dict[str, Any]:
         ``points`` (best first; each with its values, metrics and their spread), ``failed``, ``cost``. Also in ``sweep.json``.
 
     Raises:
-        ConfigError: An option that train-student does not have, or a value that does not fit, before anything is trained.
-        CacheError: The cache cannot be read, or cut down as the grid asks.
+        ConfigError: An option that train-student does not have, a value that does not fit, or nothing to compare the students by, before
+            anything is trained.
+        CacheError: A cache cannot be read, or cut down as the grid asks.
     """
     output = Path(options.output)
+    if options.teacher_cache is not None:
+        from kdcache.evaluate.teacher import check_measurable
+
+        check_measurable(open_cache(options.teacher_cache))
     students = list(plan_students(options))
+    for student in students:
+        check_metric(options.metric, measured_of(student, options.teacher_cache))
     output.mkdir(parents=True, exist_ok=True)
     failed: dict[str, str] = {}
     with Progress("sweep", len(students)) as progress:
@@ -123,9 +144,9 @@ def sweep(options: SweepOptions) -> dict[str, Any]:
             if error:
                 failed[student.folder.name] = error
     done = [student for student in students if student.folder.name not in failed]
-    points = summarise(done, options.metric)
+    points = summarise(done, options.metric, options.teacher_cache)
     found = {"metric": options.metric, "points": points, "failed": failed, "cost": cost(done)}
-    (output / "sweep.json").write_text(json.dumps(found, indent=2) + "\n")
+    replace_file(output / "sweep.json", json.dumps(found, indent=2) + "\n")
     if points:
         (output / "sweep.svg").write_text(plot(points, list(options.grid), options.metric))
     return found
@@ -178,6 +199,41 @@ def check_recipe(options: TrainOptions) -> None:
     recipe.check(caches, held_out, own, rollouts, mixed=bool(options.mix))
 
 
+def measured_of(student: Student, teacher_cache: str | None) -> set[str]:
+    """Names of what will be known of a student once it is trained, see :func:`metrics_of`."""
+    if teacher_cache is not None:
+        from kdcache.evaluate.metrics import Metrics
+
+        named = Metrics("", 0).as_dict().items()
+        return {name for name, value in named if isinstance(value, int | float)} | {
+            "tokens_per_second",
+            "train_seconds",
+        }
+    from kdcache.train.objective import PARTS
+    from kdcache.train.recipe import Recipe
+
+    options = stages_of(student.options)[-1]
+    if not options.eval_cache:
+        return set()
+    names = {"loss", "perplexity", "calibration_error", *PARTS} - {"divergence", "staleness", "rollout_share"}
+    if any(open_cache(path).spec.targets.frequencies for path in [*options.cache, *options.eval_cache]):
+        names.remove("acceptance_rate")
+    return names | {Recipe.of(options.alpha, options.temperature, options.loss, options.loss_args).measured}
+
+
+def check_metric(metric: str, known: set[str]) -> None:
+    """Refuse to sort students by what is not known of them.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if metric not in known:
+        raise ConfigError(
+            f"--metric {metric}: what is known of the students is {', '.join(sorted(known)) or 'nothing'}",
+            hint="--teacher-cache CACHE, or --train eval_cache=CACHE, measures them on held-out text",
+        )
+
+
 def _cut_down(options: SweepOptions, cache: Any, point: dict[str, Any], made: dict[str, str]) -> str:
     """The cache of a point of the grid, which keeps fewer entries; made where that is not done."""
     axes = [name for name in CUTS if name in point]
@@ -204,6 +260,10 @@ def _named(axis: str, value: Any) -> str:
 
 def train_one(student: Student) -> str | None:
     """Train it, unless that is done; why it failed, or None."""
+    for stage in stages_of(student.options):
+        results = Path(stage.output) / RESULTS
+        if results.exists() and _read(results) is None:  # a run that was killed while it wrote them is not done
+            results.unlink()
     return _without_ending(lambda: train(student.options))
 
 
@@ -213,12 +273,19 @@ def evaluate_one(student: Student, teacher_cache: str | None) -> str | None:
     from kdcache.evaluate.run import evaluate
 
     file = student.folder / EVALUATION
-    if teacher_cache is None or (
-        file.is_file() and json.loads(file.read_text())["teacher_cache"]["path"] == teacher_cache
-    ):
+    if teacher_cache is None or ((_read(file) or {}).get("teacher_cache") or {}).get("path") == teacher_cache:
         return None
-    options = EvaluateOptions(student=(str(student.folder),), teacher_cache=teacher_cache, output=str(file))
-    return _without_ending(lambda: evaluate(options))
+    options = EvaluateOptions(student=(str(student.folder),), teacher_cache=teacher_cache)
+    return _without_ending(lambda: replace_file(file, json.dumps(evaluate(options), indent=2) + "\n"))
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """A mapping of JSON; None where there is none, or what a crash has left of it."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _without_ending(job: Callable[[], object]) -> str | None:
@@ -229,6 +296,9 @@ def _without_ending(job: Callable[[], object]) -> str | None:
         job()
     except KDCacheError as error:
         return error.message
+    except Exception as error:  # whatever it is, memory that ran out as a rule, the others can still be trained
+        logger.warning("a run of the sweep failed", exc_info=True)
+        return f"{type(error).__name__}: {error}"
     finally:
         free_memory()
     return None
@@ -237,11 +307,10 @@ def _without_ending(job: Callable[[], object]) -> str | None:
 # --- what came of it --------------------------------------------------------------------------------------------------
 
 
-def metrics_of(student: Student) -> dict[str, float]:
-    """What is known of a trained student: measured exactly where there is an evaluation, else on its eval_cache."""
-    file = student.folder / EVALUATION
-    if file.is_file():
-        models = json.loads(file.read_text())["models"]
+def metrics_of(student: Student, teacher_cache: str | None) -> dict[str, float]:
+    """What is known of a trained student: measured exactly where there is a teacher_cache, else on its eval_cache."""
+    if teacher_cache is not None:
+        models = json.loads((student.folder / EVALUATION).read_text())["models"]
         found = next(model for model in models if model["role"] == "student")
     else:
         results = json.loads((student.folder / RESULTS).read_text())
@@ -249,8 +318,8 @@ def metrics_of(student: Student) -> dict[str, float]:
     return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
 
 
-def summarise(students: list[Student], metric: str) -> list[dict[str, Any]]:
-    """Means and standard deviations over seeds, best first.
+def summarise(students: list[Student], metric: str, teacher_cache: str | None) -> list[dict[str, Any]]:
+    """Means and standard deviations over seeds, best first; those that have diverged come last.
 
     Raises:
         ConfigError: No student has that metric.
@@ -260,37 +329,45 @@ def summarise(students: list[Student], metric: str) -> list[dict[str, Any]]:
         grouped.setdefault(json.dumps(student.point), []).append(student)
     points: list[dict[str, Any]] = []
     for group in grouped.values():
-        measured = [metrics_of(student) for student in group]
+        measured = [metrics_of(student, teacher_cache) for student in group]
         names = [name for name in measured[0] if all(name in other for other in measured)]
         values = {name: [one[name] for one in measured] for name in names}
         points.append({
             "point": group[0].point,
             "seeds": len(group),
             "mean": {name: statistics.fmean(some) for name, some in values.items()},
-            "deviation": {name: statistics.stdev(some) if len(some) > 1 else 0.0 for name, some in values.items()},
+            "deviation": {name: deviation(some) if len(some) > 1 else 0.0 for name, some in values.items()},
         })  # fmt: skip
     for one in points:
-        if metric not in one["mean"]:
-            raise ConfigError(
-                f"--metric {metric}: what is known of the students is {', '.join(sorted(one['mean'])) or 'nothing'}",
-                hint="--teacher-cache CACHE, or --train eval_cache=CACHE, measures them on held-out text",
-            )
+        check_metric(metric, set(one["mean"]))
     sign = 1 if metric in LESS_IS_BETTER else -1
-    return sorted(points, key=lambda one: sign * one["mean"][metric])
+    return sorted(points, key=lambda one: (math.isnan(one["mean"][metric]), sign * one["mean"][metric]))
 
 
 def cost(students: list[Student]) -> dict[str, Any]:
-    """What the teacher took once, and what it would have taken beside each student."""
+    """What the teacher took once, and what it would have taken beside each student at most.
+
+    Returns:
+        ``num_students``, ``train_tokens``, ``num_dumps``; and where the caches were dumped, not made of others: ``dump_seconds``,
+        ``teacher_tokens_per_second`` (of the dumps, all that they do), ``live_teacher_seconds`` and ``saved_seconds`` (both at most),
+        ``break_even_students`` (at least).
+    """
     if not students:
         return {}
-    readers = [open_cache(path) for path in sorted({path for student in students for path in student.caches})]
+    readers = {path: open_cache(path) for path in sorted({path for student in students for path in student.caches})}
     tokens = [json.loads((student.folder / RESULTS).read_text())["train_tokens"] for student in students]
     made = {"num_students": len(students), "train_tokens": sum(tokens), "num_dumps": len(readers)}
-    if any(reader.spec.transcoded_from is not None for reader in readers):
+    if any(reader.spec.transcoded_from is not None for reader in readers.values()):
         return made  # what the teacher took is known where the cache was dumped
-    seconds = sum(commit.seconds for reader in readers for commit in read_commits(reader.store))
-    rate = sum(reader.manifest.stats.num_positions for reader in readers) / max(seconds, 1e-9)
-    live = sum(tokens) / rate
+    dumped = {path: sum(commit.seconds for commit in read_commits(reader.store)) for path, reader in readers.items()}
+    positions = {path: max(reader.manifest.stats.num_positions, 1) for path, reader in readers.items()}
+    seconds = sum(dumped.values())
+    rate = sum(positions.values()) / max(seconds, 1e-9)
+    # Several teachers read a token each; of several texts it is in one.
+    live = sum(
+        trained * (max if student.options.mix else sum)(dumped[path] / positions[path] for path in student.caches)
+        for trained, student in zip(tokens, students, strict=True)
+    )
     return made | {
         "dump_seconds": round(seconds, 1),
         "teacher_tokens_per_second": round(rate, 1),
@@ -314,7 +391,11 @@ def table(found: dict[str, Any]) -> str:
     shown = [metric, *others]
     rows = [[*axes, *shown]]
     for one in points:
-        cells = [f"{one['mean'][name]:.4f}" + f" ± {one['deviation'][name]:.4f}" * (one["seeds"] > 1) for name in shown]
+        cells = [
+            number("{:.4f}", one["mean"][name])
+            + f" ± {one['deviation'][name]:.4f}" * (one["seeds"] > 1 and math.isfinite(one["deviation"][name]))
+            for name in shown
+        ]
         rows.append([*(_spelled(one["point"][axis]) for axis in axes), *cells])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
@@ -326,9 +407,11 @@ def table(found: dict[str, Any]) -> str:
         return "\n".join(lines)
     lines[-1] += (
         f" The teacher ran {_times(spent['num_dumps'])}, {spent['dump_seconds']:,.0f} s at "
-        f"{spent['teacher_tokens_per_second']:,.0f} tokens/s; beside every student it would have run {spent['live_teacher_seconds']:,.0f} s: "
-        + (f"{spent['saved_seconds']:,.0f} s saved" if spent["saved_seconds"] >= 0 else f"{-spent['saved_seconds']:,.0f} s not yet earned back")
-        + f", earned back with student {spent['break_even_students']}"
+        f"{spent['teacher_tokens_per_second']:,.0f} tokens/s with all that a dump does; beside every student, which is the teacher alone, it would have "
+        f"run {spent['live_teacher_seconds']:,.0f} s at most: "
+        + (f"at most {spent['saved_seconds']:,.0f} s saved" if spent["saved_seconds"] >= 0
+           else f"at least {-spent['saved_seconds']:,.0f} s not yet earned back")
+        + f", earned back with student {spent['break_even_students']} at the earliest"
     )  # fmt: skip
     return "\n".join(lines)
 

@@ -10,6 +10,7 @@ import click
 from kdcache.cli.flags import flags_of, given
 from kdcache.config import resolve_options
 from kdcache.evaluate.options import EvaluateOptions
+from kdcache.evaluate.page import number
 
 
 @click.command("evaluate")
@@ -51,18 +52,18 @@ def table(report: dict[str, Any]) -> str:
                 if model["alpha"] == 0
                 else f" (alpha {_short(model['alpha'])}, T {_short(model['temperature'])})"
             )
-        rows.append([label, *(shape.format(model[key]) if key in model else "-" for _, key, shape in COLUMNS)])
+        rows.append([label, *(number(shape, model[key]) if key in model else "-" for _, key, shape in COLUMNS)])
     for role, spread in report["summary"]["spread"].items():
         for which in ("mean", "deviation"):
             values = spread[which]
-            cells = (shape.format(values[key]) if key in values else "-" for _, key, shape in COLUMNS)
+            cells = (number(shape, values[key]) if key in values else "-" for _, key, shape in COLUMNS)
             rows.append([f"{role}, {which} of {spread['seeds']}", *cells])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
              for row in rows]  # fmt: skip
     lines.insert(1, "  ".join("-" * width for width in widths))
-    number = report["teacher_cache"]["num_targets"]
-    lines.append(f"\n{number:,} held-out positions, full vocabulary; KL in nats a token")
+    num_targets = report["teacher_cache"]["num_targets"]
+    lines.append(f"\n{num_targets:,} held-out positions, full vocabulary; KL in nats a token")
     if not report["teacher_cache"]["exact"]:
         lines.append(
             f"KL is a lower bound, acceptance an upper one: the cache holds {report['teacher_cache']['targets']} targets; "

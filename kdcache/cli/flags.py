@@ -70,9 +70,18 @@ def given(flags: dict[str, Any]) -> dict[str, Any]:
     for name, value in flags.items():
         key = name.removesuffix("_")
         if isinstance(value, tuple):
-            out[key] = dict(_pair(part) for part in value) if value else None
+            out[key] = _mapping(value) if value else None
         else:
             out[key] = value
+    return out
+
+
+def _mapping(pairs: tuple[str, ...]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in map(_pair, pairs):
+        if name in out:
+            raise click.BadParameter(f"{name} is given twice, as {out[name]} and {value}")
+        out[name] = value
     return out
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
+import yaml
 
 from kdcache.cli.flags import flags_of, given
 from kdcache.config import read_section, resolve_options
+from kdcache.errors import ConfigError
 from kdcache.sweep import SweepOptions, sweep, table
 
 
@@ -26,8 +29,13 @@ def command(config: str | None, as_json: bool, **flags: Any) -> None:
     """  # noqa: D301 - click's mark for lines to leave alone
     flags = given(flags)
     options = resolve_options(SweepOptions, "sweep", flags, config)
-    if config is not None:
+    if config is not None and "train-student" in (yaml.safe_load(Path(config).read_text()) or ()):
         base = read_section(config, "train-student")
+        if taken := [name for name in options.grid if name in base]:
+            raise ConfigError(
+                f"--grid {taken[0]}: the section train-student of {config} sets it for all",
+                hint=f"leave {taken[0]} out of that section",
+            )
         options = options.model_copy(update={"train": base | options.train})
     found = sweep(options)
     click.echo(json.dumps(found, indent=2) if as_json else table(found))

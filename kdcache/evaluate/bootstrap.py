@@ -6,6 +6,8 @@ together, so that it is documents that are drawn. The draws depend on the seed a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -31,6 +33,12 @@ def resampled_means(sums: FloatArray, sizes: npt.NDArray[np.int64], num_resample
         weights = np.bincount(rng.integers(len(sums), size=len(sums)), minlength=len(sums)).astype(np.float64)
         out[row] = weights @ sums / (weights @ sizes)
     return out
+
+
+def deviation(values: Sequence[float]) -> float:
+    """The sample standard deviation of two values or more; not a number where one of them is none, which ``statistics`` does not take."""
+    with np.errstate(invalid="ignore"):  # of an infinite one
+        return float(np.std(values, ddof=1))
 
 
 def interval(values: FloatArray) -> tuple[float, float] | None:

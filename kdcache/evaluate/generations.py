@@ -47,14 +47,16 @@ class Prompts:
     generation: GenerationSpec
 
 
-def read_prompts(dataset: str, number: int, *, max_new_tokens: int, chat: bool, has_teacher: bool) -> Prompts:
-    """The first prompts of a dataset.
+def read_prompts(
+    dataset: str, number: int, *, max_new_tokens: int, chat: bool, has_teacher: bool, split: str = "train"
+) -> Prompts:
+    """The first prompts of a split of a dataset.
 
     Raises:
         CorpusError: It cannot be read; has no prompts; has references for some rows only; or there is neither a reference nor a teacher
             to hold answers against.
     """
-    table = load_rows(dataset, "train")
+    table = load_rows(dataset, split)
     column = prompt_column(table.column_names)[1]
     rows = [table[index] for index in range(min(number, len(table)))]
     references = [_reference(row, column) for row in rows]
@@ -93,8 +95,29 @@ def _text_of(value: Any, *, asked: bool = False) -> str:
     return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in messages)
 
 
+def encode_prompts(prompts: Prompts, tokenizer: PreTrainedTokenizerBase, config: Any, name: str) -> list[list[int]]:
+    """Token ids of each prompt, for a model of this config.
+
+    Raises:
+        CorpusError: A prompt is empty, or leaves no room for an answer in the model's context.
+    """
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 31
+    new = prompts.generation.max_new_tokens
+    ids = [tokenize_prompt(row, prompts.column, prompts.generation, tokenizer) for row in prompts.rows]
+    for number, prompt in enumerate(ids):
+        if not 0 < len(prompt) <= longest - new:
+            raise CorpusError(
+                f"prompt {number} has {len(prompt)} tokens, from 1 to {longest - new} were expected: the context of {name} is {longest}, "
+                f"the answer may have {new}",
+                hint="a smaller --max-new-tokens, or other prompts",
+            )
+    return ids
+
+
 @torch.inference_mode()
-def answer_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> list[str]:
+def answer_prompts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, name: str
+) -> list[str]:
     """A model's answers.
 
     Raises:
@@ -103,16 +126,8 @@ def answer_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, p
     from transformers import GenerationConfig
 
     ends, pad = answer_ends(model, tokenizer)
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 31
     new = prompts.generation.max_new_tokens
-    ids = [tokenize_prompt(row, prompts.column, prompts.generation, tokenizer) for row in prompts.rows]
-    for number, prompt in enumerate(ids):
-        if not 0 < len(prompt) <= longest - new:
-            raise CorpusError(
-                f"prompt {number} has {len(prompt)} tokens, from 1 to {longest - new} were expected: the model's context is {longest}, "
-                f"the answer may have {new}",
-                hint="a smaller --max-new-tokens, or other prompts",
-            )
+    ids = encode_prompts(prompts, tokenizer, model.config, name)
     config = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=ends or None, pad_token_id=pad)
     model.generation_config = GenerationConfig()  # what it says of sampling does not count
     device = model.get_input_embeddings().weight.device

@@ -7,6 +7,7 @@ every number here, by document, by position or over all, is a sum of the same va
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -18,14 +19,17 @@ import numpy.typing as npt
 import torch
 
 from kdcache.calibration import NUM_BINS, calibration_error, calibration_sums
+from kdcache.errors import TeacherOutputError
 from kdcache.evaluate.teacher import Buckets, Said, TeacherStates
 from kdcache.heads import OutputHead, check_packing, head_of, hidden_states, split_is_exact
 from kdcache.model_files import find_model
-from kdcache.models import check_student, load_model, load_tokenizer
+from kdcache.models import check_student, load_config, load_model, load_tokenizer, parse_dtype
 from kdcache.targets import TokenSequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 # Measured at every position, in this order.
 MEASURED = (
@@ -45,7 +49,7 @@ SMALLEST_LOGPROB = -69.0
 
 @dataclass(slots=True)
 class Metrics:
-    """Means over the positions with a label; nats where a unit is needed.
+    """Means over the positions with a label; nats where a unit is needed. Not a number, all of them, of a model that gives NaN anywhere.
 
     Attributes:
         name: The model.
@@ -123,7 +127,7 @@ class LoadedModel:
 
     Attributes:
         name: As it was asked for.
-        model: In float32.
+        model: On its device or devices.
         tokenizer: Its own.
         head: Its output head over the teacher's vocabulary; None where the family's head is not understood.
         states: The teacher it is held against.
@@ -137,33 +141,56 @@ class LoadedModel:
 
     def forward(self, sequence: TokenSequence) -> torch.Tensor:
         """At the N positions with a label: hidden states ``[N, D]``, or logits ``[N, V]`` without a head."""
-        device = self.states.device
+        device = self.model.get_input_embeddings().weight.device
         ids = torch.from_numpy(sequence.input_ids.astype(np.int64))[None].to(device)
         positions = torch.from_numpy(sequence.position_ids.astype(np.int64))[None].to(device)
-        mask = torch.from_numpy(sequence.target_mask).to(device)
+        mask = torch.from_numpy(sequence.target_mask)
         if self.head is not None:
-            return hidden_states(self.model, ids, positions)[0][mask]
+            hidden = hidden_states(self.model, ids, positions)[0]
+            return hidden[mask.to(hidden.device)].to(self.head.weight.device)
         logits: torch.Tensor = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits
-        return logits[0][mask][:, : self.states.reader.vocab_size].float()
+        return logits[0][mask.to(logits.device)][:, : self.states.reader.vocab_size].float()
 
     def logprobs(self, rows: torch.Tensor) -> torch.Tensor:
-        """``[n, V]`` of some rows of :meth:`forward`."""
-        return torch.log_softmax(rows if self.head is None else self.head.logits(rows), dim=1)
+        """``[n, V]`` of some rows of :meth:`forward`, on the device of the teacher's states."""
+        logits = rows if self.head is None else self.head.logits(rows)
+        return torch.log_softmax(logits.to(self.states.device), dim=1)
 
 
-def load_student(name: str, states: TeacherStates, *, trust_remote_code: bool = False) -> LoadedModel:
+def load_student(
+    name: str,
+    states: TeacherStates,
+    *,
+    dtype: str = "float32",
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
     """Load a model that is to be held against the teacher.
+
+    Args:
+        name: Of the model.
+        states: The teacher.
+        dtype: Of weights and activations; ``auto`` is what the model's config says.
+        device_map: Spreads a model larger than one GPU: ``auto``, ``balanced`` ...
+        trust_remote_code: Run code that ships with the model.
 
     Raises:
         CacheMismatchError: It does not speak the cache's tokens.
     """
     source = find_model(name)
     spec = states.reader.spec
-    model = load_model(source, dtype=torch.float32, device=states.device, trust_remote_code=trust_remote_code)
+    config = load_config(source, trust_remote_code=trust_remote_code) if dtype == "auto" else None
+    model = load_model(
+        source, dtype=parse_dtype(dtype, config), device=states.device, device_map=device_map,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     check_student(model, tokenizer, spec.tokenizer, spec.teacher.vocab_size, spec.corpus.seq_len)
     if spec.corpus.packing:
-        check_packing(model)
+        try:
+            check_packing(model)
+        except TeacherOutputError as error:  # no reason to measure nothing: a diverged run is a result too
+            logger.warning("%s: %s", name, error.message)
     head = head_of(model).first(states.reader.vocab_size) if split_is_exact(model) else None
     return LoadedModel(name, model, tokenizer, head, states)
 
@@ -171,12 +198,13 @@ def load_student(name: str, states: TeacherStates, *, trust_remote_code: bool = 
 def evaluate_teacher(states: TeacherStates, *, on_sequence: Callable[[int], None] = lambda done: None) -> Metrics:
     """The teacher against itself: its perplexity, and the zeros that everything else is held against."""
     spec = states.reader.spec.teacher
-    return _measure(states, None, Metrics(spec.name, spec.num_parameters), on_sequence)
+    return _measure(states, None, Metrics(spec.name, spec.num_parameters, extra={"dtype": spec.dtype}), on_sequence)
 
 
 def evaluate_loaded(loaded: LoadedModel, *, on_sequence: Callable[[int], None] = lambda done: None) -> Metrics:
     """A model against the teacher."""
-    metrics = Metrics(loaded.name, sum(p.numel() for p in loaded.model.parameters()))
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    metrics = Metrics(loaded.name, sum(p.numel() for p in loaded.model.parameters()), extra={"dtype": dtype})
     return _measure(loaded.states, loaded, metrics, on_sequence)
 
 
@@ -239,14 +267,14 @@ def sequence_values(states: TeacherStates, loaded: LoadedModel | None, said: Sai
 
 
 def position_values(teacher: Buckets, model: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """What is measured of ``[N, V]`` logprobs at each position: ``[N, len(MEASURED)]``."""
+    """What is measured of ``[N, V]`` logprobs at each position: ``[N, len(MEASURED)]``; NaN where the model's are."""
     top, first_choice = model.max(1)
     t, m = teacher.logprobs, teacher.of(model)
     t_p, m_p = t.exp(), m.exp()
     # Of tokens a model's logprob is finite; of a tail it is not where nothing is left out, and then the teacher's mass is rounding.
     forward = torch.where((t_p > 0) & m.isfinite(), t_p * (t - m), 0.0)
     reverse = torch.where(m_p > 0, m_p * (m - t.clamp(min=SMALLEST_LOGPROB)), 0.0)
-    return torch.stack(
+    values = torch.stack(
         [
             -model.gather(1, labels[:, None])[:, 0],
             forward.sum(1),
@@ -258,6 +286,8 @@ def position_values(teacher: Buckets, model: torch.Tensor, labels: torch.Tensor)
         ],
         dim=1,
     )
+    # A comparison with NaN is False: a model that says nothing would be at no distance from the teacher.
+    return values.masked_fill(top.isnan()[:, None], torch.nan)
 
 
 def teacher_values(teacher: Buckets, labels: torch.Tensor, label_logprobs: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -55,6 +55,9 @@ class EvaluateOptions(Options):
             "messages, whose last answer is the reference."
         ),
     ] = None
+    split: Annotated[
+        str, Field(description="Split of --prompts with an optional slice: train, train[:90%], test[100:200].")
+    ] = "train"
     num_prompts: Annotated[int, Field(ge=1, description="The first of them that are answered.")] = 20
     max_new_tokens: Annotated[
         int, Field(ge=1, le=1 << 20, description="Of an answer; each is the most probable one.")
@@ -74,5 +77,14 @@ class EvaluateOptions(Options):
     num_resamples: Annotated[
         int, Field(ge=100, le=100_000, description="Bootstrap samples behind the intervals of differences.")
     ] = 1000
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"] | None,
+        Field(
+            description="Of students and --teacher; auto is what a model's config says.  [default: float32 for students, auto for the teacher]"
+        ),
+    ] = None
     device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1 ...")] = "auto"
+    device_map: Annotated[
+        str | None, Field(description="Spread students and --teacher over GPUs: auto, balanced ...")
+    ] = None
     trust_remote_code: Annotated[bool, Field(description="Run code that ships with the model.")] = False

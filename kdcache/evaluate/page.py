@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from kdcache.evaluate.plots import STYLE, escape
 
 # Roles, as they are called on the page.
 NAMES = {"student": "student", "baseline": "baseline", "full": "full student", "teacher": "teacher"}
+# What stands where a number would, of a model that gives NaN.
+DIVERGED = "diverged"
 # Nothing is fetched and nothing runs, whatever a corpus holds.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 CSS = """
@@ -82,6 +85,11 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], *, t
 def figure(caption: str, plot: str, data: str) -> str:
     """A plot with its numbers under it."""
     return f"<figure><figcaption>{escape(caption)}</figcaption>\n{plot}<details><summary>numbers</summary>{data}</details></figure>"
+
+
+def number(shape: str, value: float) -> str:
+    """A value as ``shape.format`` writes it; of a model that gives NaN the word for that."""
+    return DIVERGED if math.isnan(value) else shape.format(value)
 
 
 def paragraph(text: str, *, soft: bool = False) -> str:

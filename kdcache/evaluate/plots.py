@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 LEFT, RIGHT, TOP, BOTTOM, FONT = 46, 92, 30, 40, 11
 LIGHT = ("#0063a6", "#c04a00", "#555555", "#00785a", "#a04a80", "#8a6d00", "#5b5bd6", "#a3333d")
@@ -78,8 +78,9 @@ class Axis:
 
 
 def number_axis(label: str, values: Sequence[float], *, from_zero: bool = False, percent: bool = False) -> Axis:
-    """An axis over values that begins and ends at round numbers."""
-    low, high = min(values), max(values)
+    """An axis over values that begins and ends at round numbers. Values that are not finite have no place on it."""
+    finite = [value for value in values if math.isfinite(value)] or [0.0]
+    low, high = min(finite), max(finite)
     low = min(low, 0.0) if from_zero else low
     if not high > low:
         low, high = low - (abs(low) * 0.05 or 1.0), high + (abs(high) * 0.05 or 1.0)
@@ -122,13 +123,16 @@ def line_plot(
         title: Said aloud by screen readers.
         x_axis: Below.
         y_axis: On the left; its label stands over it.
-        series: Lines; a circle for each point where they have marks.
+        series: Lines; a circle for each point where they have marks. Points that are not finite are left out.
         diagonal: Whether there is a dashed line from corner to corner.
         width: Of the drawing, in its own units, at which text is 11 high.
         height: Likewise.
         right: Room for the names of lines, which are cut to it.
         standalone: Whether the SVG is a file of its own, and so carries its style.
     """
+    series = [
+        replace(one, points=[p for p in one.points if math.isfinite(p.x) and math.isfinite(p.y)]) for one in series
+    ]
     names, right, bottom = (right - 8) // 6, width - right, height - BOTTOM
 
     def x(value: float) -> float:
@@ -156,7 +160,7 @@ def line_plot(
         path = " ".join(f"{x(point.x):.1f},{y(point.y):.1f}" for point in one.points if not point.faint)
         out.append(f'<polyline class="{kind}{" dashed" if one.dashed else ""}" points="{path}"/>')
         for point in one.points if one.marks else ():
-            if point.spread:
+            if point.spread and math.isfinite(point.spread):
                 ends = f'y1="{y(point.y - point.spread):.1f}" y2="{y(point.y + point.spread):.1f}"'
                 out.append(f'<line class="{kind}" x1="{x(point.x):.1f}" x2="{x(point.x):.1f}" {ends}/>')
             out.append(

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from kdcache.evaluate import plots
-from kdcache.evaluate.page import NAMES, figure, page, paragraph, table
+from kdcache.evaluate.page import NAMES, figure, number, page, paragraph, table
 from kdcache.evaluate.plots import Point, Series, escape
 from kdcache.evaluate.texts import answers_section, token_section
 
@@ -71,6 +71,9 @@ def _head(found: Found, student: Found) -> Iterator[str]:
         + (", over the full vocabulary." if cache["exact"] else "."),
         soft=True,
     )
+    for name, model in _labelled(found):
+        if math.isnan(model["cross_entropy"]):
+            yield f"<p><strong>The {escape(name)} diverged</strong>: it gives NaN on this text, and nothing can be said of it.</p>"
     gap = found["summary"]["gap"]
     if gap is not None and gap["cross_entropy"]["value"] is not None:
         share, end = gap["cross_entropy"], NAMES[gap["far_end"]]
@@ -121,9 +124,12 @@ def _metrics(found: Found) -> Iterator[str]:
             one = next(model for model in found["models"] if model["role"] == role)
             spread = summary["spread"].get(role)
             mark = "" if role == "teacher" else bounds.get(key, "")
-            cell = mark + shape.format(spread["mean"][key] if spread else one[key])
+            value = spread["mean"][key] if spread else one[key]
+            cell = ("" if math.isnan(value) else mark) + number(shape, value)
             under = (
-                f'<span class="range">± {shape.format(spread["deviation"][key]).lstrip("+")}</span>' if spread else ""
+                f'<span class="range">± {shape.format(spread["deviation"][key]).lstrip("+")}</span>'
+                if spread and not math.isnan(spread["deviation"][key])
+                else ""
             )
             cells.append(escape(cell.replace("-", "−")) + under)
         if told := summary["differences"].get(key):
@@ -191,7 +197,9 @@ def _series(name: str, model: Found, points: Sequence[Point], **how: bool) -> Se
 
 def _numbers(caption: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return table(
-        caption, head, [[escape(f"{cell:.4g}" if isinstance(cell, float) else cell) for cell in row] for row in rows]
+        caption,
+        head,
+        [[escape(number("{:.4g}", cell) if isinstance(cell, float) else cell) for cell in row] for row in rows],
     )
 
 
@@ -256,7 +264,8 @@ def _calibration(found: Found) -> Iterator[str]:
     plot = plots.line_plot("Reliability", x_axis, y_axis, series, diagonal=True, height=340)
     data = _numbers("Bins of the confidence", ["", "positions", "confidence", "right"], rows)
     sure = [
-        [escape(name), f"{m['calibration_error']:.2%}", f"{m['overconfidence']:+.2%}"] for name, m in _labelled(found)
+        [escape(name), number("{:.2%}", m["calibration_error"]), number("{:+.2%}", m["overconfidence"])]
+        for name, m in _labelled(found)
     ]
     yield f'<div class="plots">{figure("Reliability", plot, data)}<div>'
     yield table("Calibration", ["", "ECE", "overconfidence"], sure)
@@ -324,7 +333,10 @@ def _provenance(found: Found) -> Iterator[str]:
     rows = [
         ["held-out cache", f"{cache['path']} (fingerprint {cache['fingerprint']}, {cache['targets']} targets)"],
         ["text", f"{cache['dataset']}, split {cache['split']}"],
-        *([name, f"{model['model']}, {model['num_parameters']:,} parameters"] for name, model in _labelled(found)),
+        *(
+            [name, f"{model['model']}, {model['num_parameters']:,} parameters, {model['dtype']}"]
+            for name, model in _labelled(found)
+        ),
         *([name.replace("_", " "), f"{value:,}"] for name, value in found["phases"].items()),
         ["versions", ", ".join(f"{name} {version}" for name, version in found["versions"].items())],
     ]

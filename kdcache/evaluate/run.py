@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
 from kdcache.cache.commit import read_commits
 from kdcache.cache.reader import CacheReader, open_cache
 from kdcache.config import library_versions
-from kdcache.errors import CacheMismatchError, ConfigError
-from kdcache.evaluate.generations import Prompts, answer_prompts, read_prompts, side_by_side
+from kdcache.errors import ConfigError
+from kdcache.evaluate.generations import Prompts, answer_prompts, encode_prompts, read_prompts, side_by_side
 from kdcache.evaluate.metrics import Metrics, evaluate_loaded, evaluate_teacher, load_student
 from kdcache.evaluate.options import EvaluateOptions
 from kdcache.evaluate.report import render
@@ -69,14 +72,18 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
 
         rows.append(("teacher", evaluate_teacher(states, on_sequence=show("teacher"))))
         for role, name in planned:
-            loaded = load_student(name, states, trust_remote_code=options.trust_remote_code)
+            loaded = load_student(
+                name, states, dtype=options.dtype or "float32", device_map=options.device_map,
+                trust_remote_code=options.trust_remote_code,
+            )  # fmt: skip
             metrics = evaluate_loaded(loaded, on_sequence=show(role))
             metrics.extra |= _training_record(name)
             if options.report is not None:
                 metrics.extra |= {"curves": read_curves(Path(name) / CURVES)}
-                strip = strip or token_strip(loaded, typical_document(metrics))
+                if strip is None and not math.isnan(metrics.cross_entropy):
+                    strip = token_strip(loaded, typical_document(metrics))
             if prompts is not None and role not in answers:
-                answers[role] = answer_prompts(loaded.model, loaded.tokenizer, prompts)
+                answers[role] = answer_prompts(loaded.model, loaded.tokenizer, prompts, name)
             if tasks is not None:
                 metrics.extra["tasks"] = run_tasks(loaded.model, loaded.tokenizer, tasks)
             rows.append((role, metrics))
@@ -122,12 +129,18 @@ def _check(options: EvaluateOptions) -> None:
 
 
 def _read_prompts(options: EvaluateOptions) -> Prompts | None:
+    """The prompts, once it is known that every model that answers them has the room; of models only config and tokenizer are read."""
     if options.prompts is None:
         return None
-    return read_prompts(
-        options.prompts, options.num_prompts, max_new_tokens=options.max_new_tokens, chat=options.chat,
+    prompts = read_prompts(
+        options.prompts, options.num_prompts, split=options.split, max_new_tokens=options.max_new_tokens, chat=options.chat,
         has_teacher=options.teacher is not None,
     )  # fmt: skip
+    for name in filter(None, (options.student[0], *options.baseline[:1], options.full, options.teacher)):
+        source = find_model(name)
+        config = load_config(source, trust_remote_code=options.trust_remote_code)
+        encode_prompts(prompts, load_tokenizer(source, trust_remote_code=options.trust_remote_code), config, name)
+    return prompts
 
 
 def _ask_teacher(
@@ -148,11 +161,13 @@ def _ask_teacher(
             options.teacher, found[:12], reader.spec.teacher.name, reader.spec.teacher.digest[:12],
         )  # fmt: skip
     config = load_config(source, trust_remote_code=options.trust_remote_code)
-    dtype = parse_dtype("auto", config)
-    model = load_model(source, dtype=dtype, device=device, trust_remote_code=options.trust_remote_code)
+    dtype = parse_dtype(options.dtype or "auto", config)
+    model = load_model(
+        source, dtype=dtype, device=device, device_map=options.device_map, trust_remote_code=options.trust_remote_code
+    )
     tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
     if prompts is not None:
-        answers |= {"teacher": answer_prompts(model, tokenizer, prompts)}
+        answers |= {"teacher": answer_prompts(model, tokenizer, prompts, options.teacher)}
     if tasks is not None:
         metrics.extra["tasks"] = run_tasks(model, tokenizer, tasks)
 
@@ -160,32 +175,57 @@ def _ask_teacher(
 def read_curves(file: Path) -> dict[str, list[list[float]]]:
     """Step and value of what ``train-student`` logged beside a student, thinned evenly where there is more than can be drawn.
 
-    Raises:
-        CacheMismatchError: A line other than the last (which a killed run may leave torn) is no JSON.
+    Lines that are none of its own are passed over: those of a killed run may be torn, and the file may be another program's.
     """
     if not file.is_file():
         return {}
     curves: dict[str, list[list[float]]] = {}
-    lines = file.read_text().splitlines()
-    for number, line in enumerate(lines, start=1):
+    for line in file.read_text(errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise CacheMismatchError(f"{file}, line {number}: a line of JSON was expected") from error
+        except ValueError:
+            continue
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int | float):
+            continue
         for key in CURVE_KEYS:
             if isinstance(record.get(key), int | float):
                 curves.setdefault(key, []).append([record["step"], record[key]])
     return {key: points[:: -(-len(points) // MAX_CURVE_POINTS)] for key, points in curves.items()}
 
 
+class _Strict(BaseModel):
+    """What is read as it stands: a number that is written as text is none."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _Objective(_Strict):
+    alpha: float | str
+    temperature: float | str
+
+
+class _Cache(_Strict):
+    dump_seconds: float
+    num_positions: int
+    bytes_per_token: float
+
+
+class _Record(_Strict):
+    """What is told of a run, in the ``train_results.json`` of ``train-student``."""
+
+    tokens_per_second: float
+    train_seconds: float
+    objective: _Objective
+    cache: _Cache
+
+
 def _training_record(name: str) -> dict[str, Any]:
-    """What a folder made by ``train-student`` says about its training."""
-    file = Path(name) / TRAIN_RESULTS
-    if not file.is_file():
+    """What a folder made by ``train-student`` says about its training; nothing where the file is torn, or of another program."""
+    try:
+        record = json.loads((Path(name) / TRAIN_RESULTS).read_bytes())
+        _Record.model_validate(record)
+    except (OSError, ValueError):  # pydantic's error is a ValueError
         return {}
-    record = json.loads(file.read_text())
     return {
         "tokens_per_second": record["tokens_per_second"],
         "train_seconds": record["train_seconds"],

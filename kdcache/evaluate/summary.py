@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.evaluate.bootstrap import CONFIDENCE, FloatArray, resampled_means, with_interval
+from kdcache.evaluate.bootstrap import CONFIDENCE, FloatArray, deviation, resampled_means, with_interval
 from kdcache.evaluate.metrics import MEASURED, Metrics
 
 GAPS = ("cross_entropy", "forward_kl", "top1_agreement", "accuracy")
@@ -100,5 +100,5 @@ def _spread(seeds: Sequence[Metrics]) -> dict[str, Any] | None:
     return {
         "seeds": len(seeds),
         "mean": mean | {"perplexity": math.exp(min(mean["cross_entropy"], 700.0))},
-        "deviation": {metric: statistics.stdev(some) for metric, some in values.items()},
+        "deviation": {metric: deviation(some) for metric, some in values.items()},
     }

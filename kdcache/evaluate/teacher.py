@@ -67,24 +67,33 @@ class Said:
     hidden: torch.Tensor | None
 
 
+def check_measurable(reader: CacheReader) -> None:
+    """Refuse a cache that nothing can be held against.
+
+    Raises:
+        CacheMismatchError: The cache is empty, or holds draws: what was not drawn is unknown, and no divergence can be measured.
+    """
+    if reader.spec.targets.estimator != "buckets":
+        raise CacheMismatchError(
+            f"{reader.store} holds {reader.spec.targets.scheme} targets: enough to learn from, not to measure a divergence",
+            hint="dump the held-out text with --targets hidden, which is exact; top_k and top_p give lower bounds",
+        )
+    if not len(reader):
+        raise CacheMismatchError(f"{reader.store}: the cache holds no sequences", hint="dump a larger --split")
+
+
 class TeacherStates:
     """A cache, read for evaluation.
 
     Raises:
-        CacheMismatchError: The cache holds draws: what was not drawn is unknown, and no divergence can be measured.
+        CacheMismatchError: See :func:`check_measurable`.
     """
 
     def __init__(self, reader: CacheReader, device: str) -> None:
+        check_measurable(reader)
         self.reader = reader
         self.device = device
         self.exact = reader.spec.targets.scheme == "hidden"
-        if reader.spec.targets.estimator != "buckets":
-            raise CacheMismatchError(
-                f"{reader.store} holds {reader.spec.targets.scheme} targets: enough to learn from, not to measure a divergence",
-                hint="dump the held-out text with --targets hidden, which is exact; top_k and top_p give lower bounds",
-            )
-        if not len(reader):
-            raise CacheMismatchError(f"{reader.store}: the cache holds no sequences", hint="dump a larger --split")
         self.head = OutputHead.from_bytes(reader.head_bytes()).to(device) if self.exact else None
         elements = CPU_CHUNK_ELEMENTS if device == "cpu" else GPU_CHUNK_ELEMENTS
         self.chunk = max(16, elements // reader.vocab_size)

@@ -43,7 +43,7 @@ def token_section(found: Found) -> Iterator[str]:
     for token in strip["tokens"]:
         level = sum(token["forward_kl"] >= edge for edge in STRIP_LEVELS)
         said = (
-            f"“{_visible(token['text'])}”  KL {token['forward_kl']:.2f} nats, student gave it {token['probability']:.1%}\n"
+            f"“{_visible(token['shown'])}”  KL {token['forward_kl']:.2f} nats, student gave it {token['probability']:.1%}\n"
             f"teacher  {_choices(token['teacher'])}\nstudent  {_choices(token['student'])}"
         )
         text = re.sub(r"\n+", lambda run: "⏎" * len(run[0]) + "\n", token["text"])
@@ -69,7 +69,7 @@ def _strip_row(strip: Found, befores: Sequence[str], index: int) -> list[str]:
     before = _visible(befores[index][-18:])
     first = [_choices(token[who][:1]) for who in ("teacher", "student")]
     return [
-        f'<span class="long">…{escape(before)} </span><strong>{escape(_visible(token["text"]))}</strong>',
+        f'<span class="long">…{escape(before)} </span><strong>{escape(_visible(token["shown"]))}</strong>',
         f"{token['forward_kl']:.2f}",
         *map(escape, first),
     ]

@@ -149,6 +149,121 @@ def test_entries_and_tail_are_said_to_be_a_bound(root, found, tmp_path):
         assert student[name] == pytest.approx(exact[name], abs=2e-3), name
 
 
+# --- students that are not as they should be -----------------------------------------------------------------------------
+
+
+def spoiled(folder, source, which):
+    """A copy of a student, some weights of which are NaN."""
+    shutil.copytree(source, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[which] = torch.nan
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("cache", "everywhere"), [("held", True), ("held-top", False)])
+def test_a_student_that_gives_nan_has_diverged(root, tmp_path, cache, everywhere):
+    """One that is NaN all over, or after one token that occurs: no number is told of it, and nothing else is lost."""
+    ids = np.concatenate([row.sequence.input_ids for row in open_cache(root / "held")])
+    nan = spoiled(tmp_path / "nan", root / "kd", slice(None) if everywhere else int(np.bincount(ids).argmax()))
+    arguments = ["evaluate", "--teacher-cache", root / cache, "--baseline", root / "ce", "--num-resamples", 100]
+    report = tmp_path / "r.html"
+    alone = json.loads(cli(*arguments, "--student", nan, "--report", report, "--json").stdout)
+    teacher, student, baseline = alone["models"]
+    for name in ("perplexity", "cross_entropy", "forward_kl", "reverse_kl", "top1_agreement", "accuracy", "acceptance_rate",
+                 "calibration_error", "overconfidence"):  # fmt: skip
+        assert np.isnan(student[name]) and np.isfinite([teacher[name], baseline[name]]).all(), name
+    assert all(alone["summary"]["gap"][name]["value"] is None for name in ("cross_entropy", "forward_kl", "accuracy"))
+    lines = table(alone).splitlines()
+    assert [line.count("diverged") for line in lines[2:5]] == [0, 6, 0]
+    assert "nan" not in table(alone) and "share of the cross-entropy gap" not in table(alone)
+    text = report.read_text()
+    assert "The student diverged" in text and "100.0%" in text and not re.search(r"[>^ ]nan[%<]", text)
+    assert render(alone) == text
+    seeds = json.loads(cli(*arguments, "--student", root / "kd", "--student", nan, "--report", report, "--json").stdout)
+    assert np.isnan(seeds["summary"]["spread"]["student"]["mean"]["forward_kl"])
+    assert "student, mean of 2  diverged" in re.sub(" {2,}", "  ", table(seeds))
+    assert "The student 2 diverged" in report.read_text() and seeds["strip"]["tokens"]
+
+
+def test_what_another_program_left_in_a_folder_is_no_record(root, tmp_path):
+    """As run_clm.py of transformers leaves it: ``save_metrics("train")`` and ``save_state()``."""
+    shutil.copytree(root / "ce", tmp_path / "other")
+    for file in ("train_results.json", "metrics.jsonl"):
+        (tmp_path / "other" / file).unlink()
+    train = {"epoch": 3.0, "total_flos": 1.6e15, "train_loss": 3.1, "train_runtime": 81.2, "train_samples": 240,
+             "train_samples_per_second": 8.9, "train_steps_per_second": 1.1}  # fmt: skip
+    state = {"best_metric": None, "epoch": 3.0, "global_step": 90, "log_history": [
+        {"epoch": 0.33, "grad_norm": 1.2, "learning_rate": 4.5e-05, "loss": 3.9, "step": 10}, train | {"step": 90}]}  # fmt: skip
+    evaluated = {"epoch": 3.0, "eval_loss": 3.2, "perplexity": 24.5}
+    for name, content in (("train", train), ("all", train | evaluated), ("eval", evaluated)):
+        (tmp_path / "other" / f"{name}_results.json").write_text(json.dumps(content, indent=4, sort_keys=True))
+    (tmp_path / "other" / "trainer_state.json").write_text(json.dumps(state))
+    arguments = [
+        "evaluate",
+        "--student",
+        root / "kd",
+        "--baseline",
+        tmp_path / "other",
+        "--teacher-cache",
+        root / "held",
+    ]
+    found = json.loads(cli(*arguments, "--report", tmp_path / "r.html", "--json").stdout)
+    student, baseline = found["models"][1:]
+    assert "alpha" in student and not {"alpha", "cache", "tokens_per_second", "train_seconds"} & baseline.keys()
+    assert "train_student_seconds" in found["phases"] and "train_baseline_seconds" not in found["phases"]
+    assert baseline["curves"] == {} and student["curves"]["loss"]
+
+
+def test_dtype_is_that_of_the_model_and_told(root, found, tmp_path):
+    arguments = [
+        "evaluate",
+        "--student",
+        root / "kd",
+        "--teacher-cache",
+        root / "held",
+        "--report",
+        tmp_path / "r.html",
+    ]
+    some = json.loads(cli(*arguments, "--dtype", "bfloat16", "--device-map", "auto", "--json").stdout)
+    assert [model["dtype"] for model in some["models"]] == ["float32", "bfloat16"]
+    assert [model["dtype"] for model in found["models"]] == ["float32"] * 5
+    assert some["models"][1]["forward_kl"] == pytest.approx(found["models"][1]["forward_kl"], rel=0.02)
+    assert some["models"][1]["forward_kl"] != found["models"][1]["forward_kl"]
+    assert "parameters, bfloat16" in (tmp_path / "r.html").read_text()
+
+
+def test_prompts_of_a_split(root, tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    splits = {name: Dataset.from_list([{"prompt": f"the {name}", "completion": "cat"}]) for name in ("train", "test")}
+    DatasetDict(splits).save_to_disk(tmp_path / "prompts")
+    arguments = [
+        "evaluate",
+        "--student",
+        root / "kd",
+        "--teacher-cache",
+        root / "held",
+        "--prompts",
+        tmp_path / "prompts",
+    ]
+    arguments += ["--max-new-tokens", 4, "--json"]
+    for flags, prompt in (([], "the train"), (["--split", "test"], "the test")):
+        found = json.loads(cli(*arguments, *flags).stdout)
+        assert [one["prompt"] for one in found["generations"]["prompts"]] == [prompt]
+
+
+def test_prompts_without_room_are_found_before_any_model_is_loaded(root, tmp_path):
+    """The student's weights are missing, which is found when it is loaded, after the teacher was measured."""
+    shutil.copytree(root / "kd", tmp_path / "kd")
+    (tmp_path / "kd" / "model.safetensors").unlink()
+    arguments = ["evaluate", "--student", tmp_path / "kd", "--teacher-cache", root / "held"]
+    assert "cannot be loaded" in cli(*arguments, code=1).stderr
+    told = cli(*arguments, "--prompts", root / "prompts.jsonl", "--max-new-tokens", 255, code=1).stderr
+    assert "prompt 0 has" in told and f"the context of {tmp_path / 'kd'} is 256" in told
+
+
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 

@@ -1,20 +1,25 @@
 """A grid of students from one cache: what is trained, taken up again, summed up, refused."""
 
 import json
+import math
+import re
 import shutil
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
+from transformers import AutoModelForCausalLM
 
 from kdcache.cache.commit import read_commits
 from kdcache.cache.reader import open_cache
 from kdcache.cache.transcode import TranscodeOptions, transcode
 from kdcache.cli import main
+from kdcache.config import check_options
 from kdcache.dump.launch import dump
-from kdcache.errors import ConfigError
-from kdcache.sweep import SweepOptions, cost, plan_students, plot, sweep, table
+from kdcache.errors import CacheMismatchError, ConfigError
+from kdcache.sweep import SweepOptions, cost, measured_of, plan_students, plot, sweep, table
 from tests.integration.test_dump import options
 
 TRAIN = {"learning_rate": 3e-3, "max_steps": 3, "per_device_train_batch_size": 4}
@@ -69,6 +74,12 @@ def test_schemes_are_compared_over_caches_and_what_they_are_cut_down_to(
     names = sorted(p.name for p in (tmp_path / "out" / "students").iterdir())
     assert [name.split("-")[0] for name in names] == ["cache=cache", "cache=drawn"]
     seconds = sum(c.seconds for path in both.split(",") for c in read_commits(open_cache(path).store))
+    live = 0.0
+    for name, path in zip(names, both.split(","), strict=True):
+        commits = read_commits(open_cache(path).store)
+        results = json.loads((tmp_path / "out" / "students" / name / "train_results.json").read_text())
+        live += results["train_tokens"] * sum(c.seconds for c in commits) / sum(c.stats.num_positions for c in commits)
+    assert found["cost"]["live_teacher_seconds"] == pytest.approx(live, abs=0.06)
     assert found["cost"]["dump_seconds"] == pytest.approx(seconds, abs=0.06)
     cut = asked(caches, tiny_student, tmp_path / "cut", {"top_p": "1,0.5", "top_k": "8,4"})
     made = [student.options.cache for student in plan_students(cut)]
@@ -117,7 +128,8 @@ def test_means_are_over_seeds_and_the_best_comes_first(swept):
     assert best["mean"]["forward_kl"] == pytest.approx(sum(own) / 2)
     assert best["deviation"]["forward_kl"] == pytest.approx(abs(own[0] - own[1]) / 2**0.5)
     assert json.loads((Path(given.output) / "sweep.json").read_text()) == found
-    assert ("±" in table(found) and "saved" in table(found)) or "not yet earned back" in table(found)
+    assert "±" in table(found) and "s at most: " in table(found)
+    assert "at most" in table(found).split(": ")[-1] or "not yet earned back" in table(found)
 
 
 def test_what_was_saved_is_measured(swept, caches):
@@ -172,6 +184,121 @@ def test_one_that_fails_is_said_and_does_not_end_the_others(caches, tiny_student
     assert done.exit_code == 1
     assert "failed: student=-no-such_seed=0: " in done.output
     assert "forward_kl" in done.output and (tmp_path / "s" / "sweep.svg").is_file()
+
+
+def test_whatever_a_run_fails_of_does_not_end_the_others(caches, tiny_student, tmp_path):
+    """No error of kdcache's own: a file stands where a student's folder would."""
+    given = asked(caches, tiny_student, tmp_path / "out", {"alpha": "0,1"}, teacher_cache=str(caches / "held"))
+    (tmp_path / "out" / "students").mkdir(parents=True)
+    (tmp_path / "out" / "students" / "alpha=0_seed=0").write_text("a file")
+    found = sweep(given)
+    assert list(found["failed"]) == ["alpha=0_seed=0"] and "Error: " in found["failed"]["alpha=0_seed=0"]
+    assert [one["point"] for one in found["points"]] == [{"alpha": 1}]
+    assert json.loads((tmp_path / "out" / "sweep.json").read_text()) == found
+
+
+def test_what_a_crash_has_left_of_a_file_is_made_anew(caches, tiny_student, tmp_path):
+    given = asked(caches, tiny_student, tmp_path / "out", {"alpha": "1"}, teacher_cache=str(caches / "held"))
+    before = sweep(given)
+    folder = tmp_path / "out" / "students" / "alpha=1_seed=0"
+    for file in ("evaluation.json", "train_results.json"):
+        (folder / file).write_bytes((folder / file).read_bytes()[:100])
+        after = sweep(given)
+        assert (
+            not after["failed"]
+            and after["points"][0]["mean"]["forward_kl"] == before["points"][0]["mean"]["forward_kl"]
+        )
+        assert json.loads((folder / file).read_text())
+    assert not [path.name for path in folder.iterdir() if path.name.endswith(".tmp")]
+
+
+def test_a_student_that_diverged_comes_last(caches, tiny_student, tmp_path):
+    """Its weights are NaN: it is at no distance from the teacher that a comparison would see."""
+    given = asked(caches, tiny_student, tmp_path / "out", {"alpha": "0,1"}, seeds=2, teacher_cache=str(caches / "held"))
+    best, other = (point["point"]["alpha"] for point in sweep(given)["points"])
+    folder = tmp_path / "out" / "students" / f"alpha={best}_seed=1"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, torch.nan)
+    model.save_pretrained(folder)
+    (folder / "evaluation.json").unlink()
+    found = sweep(given)
+    assert not found["failed"]
+    assert [one["point"]["alpha"] for one in found["points"]] == [other, best]
+    assert math.isnan(found["points"][1]["mean"]["forward_kl"]) and math.isnan(found["points"][1]["mean"]["perplexity"])
+    good, bad = table(found).splitlines()[2:4]
+    assert "diverged" not in good and bad.count("diverged") == 6 and "nan" not in bad
+    tree = ET.parse(tmp_path / "out" / "sweep.svg")
+    assert len([e for e in tree.iter("{http://www.w3.org/2000/svg}circle") if len(e)]) == 1
+
+
+def test_nothing_to_compare_by_is_refused_before_anything_is_trained(
+    caches, tiny_student, tiny_teacher, corpus_file, tmp_path
+):
+    dump(options(tiny_teacher, corpus_file, tmp_path / "drawn", targets="sampled", num_draws=8, temperatures="1"))
+    held = str(caches / "held")
+    for changes, error, says in (
+        ({}, ConfigError, "metric forward_kl: what is known of the students is nothing"),
+        ({"teacher_cache": held, "metric": "foward_kl"}, ConfigError, "foward_kl: what is known .*perplexity"),
+        ({"train": {"eval_cache": held}, "metric": "ECE"}, ConfigError, "ECE: .*calibration_error, cross_entropy"),
+        ({"teacher_cache": str(tmp_path / "drawn")}, CacheMismatchError, "not to measure a divergence"),
+    ):
+        with pytest.raises(error, match=says):
+            sweep(asked(caches, tiny_student, tmp_path / "s", {"alpha": "0,1"}, **changes))
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("measure", ["teacher_cache", "eval_cache"])
+def test_what_is_said_to_be_known_of_a_student_is(caches, tiny_student, tmp_path, measure):
+    held = str(caches / "held")
+    changes = {"teacher_cache": held} if measure == "teacher_cache" else {"train": {"eval_cache": held, "loss": "jsd"}}
+    given = asked(caches, tiny_student, tmp_path / "s", {"alpha": "0.5"}, **changes)
+    (point,) = sweep(given)["points"]
+    (student,) = plan_students(given)
+    assert measured_of(student, given.teacher_cache) <= point["mean"].keys()
+    assert point["mean"].keys() - measured_of(student, given.teacher_cache) <= {"alpha", "temperature", "runtime"}
+
+
+def test_numbers_of_a_grid_are_numbers(tmp_path):
+    grid = {"learning_rate": "1e-3,5e-4,.5E+2", "loss": "jsd,tv", "alpha": ["1e-1", 0.5], "save-steps": 3}
+    parsed = SweepOptions(output="o", grid=grid).grid
+    assert parsed == {
+        "learning_rate": [1e-3, 5e-4, 50.0],
+        "loss": ["jsd", "tv"],
+        "alpha": [0.1, 0.5],
+        "save_steps": [3],
+    }
+    points = [{"point": {"lr": lr}, "mean": {"kl": 1.0}, "deviation": {"kl": 0.0}, "seeds": 1} for lr in SweepOptions(output="o", grid={"lr": "1e-3,5e-4,1e-2"}).grid["lr"]]  # fmt: skip
+    svg = plot(points, ["lr"], "kl")
+    assert re.findall(r'text-anchor="middle">(0\.[^<]+)<', svg) == ["0.0005", "0.001", "0.01"]
+
+
+@pytest.mark.parametrize("again", ["alpha=0.9", "--train=seed=2"])
+def test_what_is_given_twice_is_refused(tmp_path, again):
+    flags = ["--grid", again] if again.startswith("a") else ["--train=seed=1", again]
+    done = CliRunner().invoke(main, ["sweep", "--output", str(tmp_path / "s"), "--grid", "alpha=0.5", *flags])
+    assert done.exit_code == 2 and "is given twice, as " in done.output
+    with pytest.raises(ConfigError, match="learning_rate is given twice"):
+        check_options(SweepOptions, "sweep", {"output": "o", "grid": {"learning_rate": "1", "learning-rate": "2"}})
+
+
+def test_an_axis_that_the_config_sets_is_refused_with_its_place(caches, tiny_student, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"train-student: {{student: {tiny_student}, cache: {caches / 'cache'}, alpha: 0.5}}\nsweep: {{grid: {{alpha: [0, 1]}}}}\n"
+    )
+    done = CliRunner().invoke(main, ["sweep", "--config", str(config), "--output", str(tmp_path / "s")])
+    assert done.exit_code == 1 and f"the section train-student of {config} sets it" in done.stderr
+    assert "leave alpha out of that section" in done.stderr and "--train" not in done.stderr
+
+
+@pytest.mark.parametrize("section", ["{}", "sweep: {}"])
+def test_a_config_of_the_sweep_alone_is_enough(caches, tiny_student, tmp_path, section):
+    train = TRAIN | {"student": tiny_student, "cache": str(caches / "cache")}
+    own = {"grid": {"alpha": [0.5]}, "train": train, "teacher_cache": str(caches / "held")}
+    (tmp_path / "run.yaml").write_text(section.format(json.dumps(own)))
+    done = CliRunner().invoke(main, ["sweep", "--config", str(tmp_path / "run.yaml"), "--output", str(tmp_path / "s")])
+    assert done.exit_code == 0, done.output
 
 
 @pytest.mark.parametrize(

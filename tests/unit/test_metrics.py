@@ -1,12 +1,14 @@
 """What is measured at a position, over tokens and over entries with a tail."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from kdcache.evaluate.generations import repetition, rouge_l
 from kdcache.evaluate.metrics import MEASURED, Metrics, position_values, teacher_values
-from kdcache.evaluate.run import _phases
+from kdcache.evaluate.run import _phases, _training_record, read_curves
 from kdcache.evaluate.teacher import Buckets
 
 
@@ -60,6 +62,19 @@ def test_a_teacher_is_at_no_distance_from_itself(few):
     assert (found["forward_kl"] == 0).all() and (found["top1_agreement"] == 1).all()
     assert found["cross_entropy"] == pytest.approx(-teacher[range(6), labels].numpy())
     assert found["confidence"] == pytest.approx(teacher.max(1).values.exp().numpy())
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_nan_is_nan_in_every_metric_and_nowhere_else(few):
+    """Of the whole distribution, and where the cache holds the teacher's first entries alone."""
+    teacher, model, labels = logprobs(6, 11), logprobs(6, 11, seed=1), torch.arange(6)
+    buckets = kept(teacher, [3] * 6) if few else Buckets(teacher)
+    whole = position_values(buckets, model, labels)
+    model[2] = torch.nan
+    values = position_values(buckets, model, labels)
+    assert values[2].isnan().all()
+    rows = [0, 1, 3, 4, 5]
+    assert torch.equal(values[rows], whole[rows]) and whole.isfinite().all()
 
 
 # Scores of rouge_score 0.1.2, RougeScorer(["rougeL"]), without its stemmer.
@@ -118,3 +133,41 @@ def test_the_cache_told_of_is_that_of_the_student():
         "dump_seconds": 10.0, "dump_tokens_per_second": 100.0, "bytes_per_token": 20, "evaluate_teacher_seconds": 2.0,
         "train_student_seconds": 10.0, "evaluate_student_seconds": 2.5, "train_baseline_seconds": 5.0, "evaluate_baseline_seconds": 3.0,
     }  # fmt: skip
+
+
+RECORD = {
+    "tokens_per_second": 9.5, "train_seconds": 3, "objective": {"alpha": "linear:0:1", "temperature": 2.0},
+    "cache": {"dump_seconds": 1.5, "num_positions": 10, "bytes_per_token": 20.0, "path": "cache"},
+}  # fmt: skip
+
+
+def test_a_record_of_training_is_read_whole(tmp_path):
+    (tmp_path / "train_results.json").write_text(json.dumps(RECORD | {"train_loss": float("nan"), "steps": 3}))
+    assert _training_record(str(tmp_path)) == {
+        "tokens_per_second": 9.5, "train_seconds": 3, "alpha": "linear:0:1", "temperature": 2.0, "cache": RECORD["cache"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps(RECORD)[:-20].encode(),
+        b"",
+        b"[]",
+        b"\xff\x80",
+        *(json.dumps(RECORD | {name: {}}).encode() for name in RECORD),
+        *(json.dumps({name: RECORD[name] for name in RECORD if name != left_out}).encode() for left_out in RECORD),
+        json.dumps(RECORD | {"train_seconds": "3"}).encode(),
+    ],
+)
+def test_a_damaged_record_is_none(tmp_path, content):
+    (tmp_path / "train_results.json").write_bytes(content)
+    assert _training_record(str(tmp_path)) == {}
+    assert _training_record(str(tmp_path / "no-folder")) == {}
+
+
+def test_lines_that_are_no_log_are_passed_over(tmp_path):
+    lines = [b"nonsense", b'{"loss": 3.5}', b'"step"', b'{"step": "2", "loss": 1}', b'{"step": 3, "loss": null}', b"\xff", b'{"step": 4, "loss": 2.5}', b'{"step": 5, "lo']  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    assert read_curves(tmp_path / "metrics.jsonl") == {"loss": [[4, 2.5]]}
+    assert read_curves(tmp_path / "none.jsonl") == {}

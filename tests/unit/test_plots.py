@@ -1,6 +1,7 @@
 """Plots hold their data, axes end at round numbers, and no text can become markup."""
 
 import itertools
+import math
 import re
 import xml.etree.ElementTree as ET
 
@@ -66,3 +67,13 @@ def test_hostile_text_stays_text():
     assert "<script" not in html and "alert(&#x27;x&#x27;)" in html
     assert not re.search("[\x00-\x08\ud800-\udfff\uffff]", html)
     html.encode()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_has_no_place(bad):
+    assert number_axis("y", [1.0, bad, 3.0]) == number_axis("y", [1.0, 3.0])
+    number_axis("y", [bad, bad])
+    points = [Point(0, 1.0, "there", spread=bad), Point(1, bad, "nowhere"), Point(2, 3.0, "there")]
+    svg = line_plot("t", number_axis("x", [0, 2]), number_axis("y", [1.0, bad, 3.0]), [Series("line", points, 0), Series("none", points[1:2], 1)])  # fmt: skip
+    assert len(ET.fromstring(svg).findall(f"{SVG}circle")) == 2
+    assert not re.search("nan|inf", svg.split("</style>")[-1]) and "nowhere" not in svg
