@@ -203,7 +203,7 @@ def _check_layers(model: PreTrainedModel, layers_name: str, kept: Sequence[int])
     pairs = zip(kept, model.get_submodule(layers_name), rebuilt.get_submodule(layers_name), strict=True)
     for index, (number, ours, theirs) in enumerate(pairs):
         expected, found = _plain_attributes(ours), _plain_attributes(theirs)
-        for name in expected.keys() | found.keys():
+        for name in sorted(expected.keys() | found.keys()):
             if expected.get(name) != found.get(name):
                 raise ModelError(
                     f"layer {index} of the student would not be layer {number} of the teacher: {name} {found.get(name, 'missing')} in the place "

@@ -21,7 +21,7 @@ MOE = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
 LISTS = {
     # Rotary embeddings in some layers, and in one without a short window.
     "smollm3": {"no_rope_layers": [1, 0, 1, 0, 1, 1], "use_sliding_window": True, "sliding_window": 5},
-    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"] * 3, "sliding_window": 5},
+    "gemma2": {"layer_types": ["sliding_attention", "full_attention"] * 3, "sliding_window": 5},
     "mellum": {"mlp_layer_types": ["dense", "sparse"] * 3, "layer_types": ["full_attention", "sliding_attention"] * 3, "sliding_window": 5,
                **MOE},
 }  # fmt: skip
