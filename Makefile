@@ -53,15 +53,9 @@ bench: setup
 	$(PY) benchmarks/bench_reader.py
 
 prove: prove-crash prove-corruption prove-hostile prove-faults prove-writers prove-outage prove-gradients prove-online-offline prove-controls prove-estimators prove-families prove-cost \
-	prove-students prove-init prove-defaults
+	prove-students prove-init prove-defaults prove-recipes
 
-# Recipes: mixing, stages, rounds, teachers; where a student begins; the teacher alone or with labels.
-prove-recipes: setup
-	$(PY) benchmarks/prove_recipes.py
-	$(PY) benchmarks/prove_init.py
-	$(PY) benchmarks/prove_students.py --defaults
-
-PROOFS = crash corruption hostile faults writers outage gradients online-offline controls estimators families students init
+PROOFS = crash corruption hostile faults writers outage gradients online-offline controls estimators families students init recipes
 $(PROOFS:%=prove-%): prove-%: setup
 	$(PY) benchmarks/prove_$(subst -,_,$*).py
 

@@ -7,6 +7,8 @@ nobody trained on: real text, answers of the teacher, or answers of the very stu
 is claimed where the difference in every seed has one sign, and everything else is reported as no difference.
 
     python benchmarks/prove_recipes.py [--seeds 3] [--steps 60] [--base-steps 120] [--jobs 2] [--root DIR] [--only E12]
+
+The published tables were made at a larger size, on a GPU; ``docs/recipes.md`` has the command.
 """
 
 from __future__ import annotations

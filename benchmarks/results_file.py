@@ -1,9 +1,11 @@
-"""Where proofs and benchmarks leave what they measured: one dated Markdown file each, with versions; ``_cuda`` where there was a GPU."""
+"""Where proofs and benchmarks leave what they measured: one dated Markdown file each, with command and versions; ``_cuda`` where there was a GPU."""
 
 from __future__ import annotations
 
 import os
 import platform
+import shlex
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -27,6 +29,18 @@ def spelled(dataset: str) -> str:
     return dataset if dataset.startswith("builtin:") else Path(dataset).name
 
 
+def command() -> str:
+    """The command line of this process, as from the root of the repository; files and folders of this machine by their names alone."""
+    script, *words = sys.argv
+    parts = [word.rpartition("=") for word in words]  # --option=value too
+    named = [f"{name}{equals}{Path(value).name if _is_path(value) else value}" for name, equals, value in parts]
+    return shlex.join(["python", f"benchmarks/{Path(script).name}", *named])
+
+
+def _is_path(word: str) -> bool:
+    return Path(word).is_absolute() or ("/" in word and Path(word).exists())
+
+
 def write_text(name: str, title: str, body: str) -> Path:
     """The same for a body that is Markdown already."""
     print(body)
@@ -40,5 +54,5 @@ def _save(name: str, title: str, body: str) -> Path:
         name, machine = f"{name}_cuda", f"{torch.cuda.get_device_name()}, {machine}"
     path = RESULTS / f"{name}_{datetime.now(UTC):%Y-%m-%d}.md"
     RESULTS.mkdir(exist_ok=True)
-    path.write_text(f"# {title}\n\n{body}{machine}; {versions}.\n")
+    path.write_text(f"# {title}\n\n{body.rstrip()}\n\nCommand: `{command()}`\n\n{machine}; {versions}.\n")
     return path

@@ -48,6 +48,10 @@ def load_rows(dataset: str, split: str, *, config_name: str | None = None) -> Da
             )
         elif Path(dataset).exists():
             raise CorpusError(f"dataset {dataset}: no files of a known kind", hint=f"known are {', '.join(READERS)}")
+        elif "://" in dataset:
+            raise CorpusError(
+                f"dataset {dataset}: no cache lies there", hint="files are read from a disk; of URLs, caches alone"
+            )
         elif dataset.startswith((".", "/", "~")) or dataset.count("/") > 1 or _reader(dataset):
             raise CorpusError(f"dataset {dataset}: no such file or folder")
         else:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kdcache.budget.costs import Costs, check_disk
 from kdcache.budget.footprint import BYTES, Shape, read_shape
-from kdcache.budget.options import PlanOptions, command_line, scheme_name
+from kdcache.budget.options import PlanOptions, command_line, scheme_name, warn_of_temperatures
 from kdcache.dump.options import DEFAULT_SHARD_POSITIONS
 from kdcache.errors import ConfigError
 
@@ -116,11 +116,13 @@ def plan_dry(options: PlanOptions) -> DryBudget:
         dump_options = dump_options.model_copy(update={"device_map": "auto", "workers": 1})
     dtype = shape.dtype if options.dtype == "auto" else options.dtype
     dtype = dtype if dtype in BYTES else "float32"
-    if shape.context is not None and options.seq_len > shape.context:
-        raise ConfigError(
-            f"--seq-len {options.seq_len} is longer than the teacher's context of {shape.context} tokens",
-            hint=f"--seq-len {shape.context}",
-        )
+    learner = None if options.student_config is None else read_shape(options.student_config)
+    for who, context in (("teacher", shape.context), ("student", learner.context if learner else None)):
+        if context is not None and options.seq_len > context:
+            raise ConfigError(
+                f"--seq-len {options.seq_len} is longer than the {who}'s context of {context} tokens",
+                hint=f"--seq-len {context}",
+            )
     sizes, source = _bytes_table(options)
     sizes["hidden"] = 2.0 * shape.hidden_size if dtype != "float32" else 4.0 * shape.hidden_size
     name = scheme_name(dump_options)
@@ -139,7 +141,7 @@ def plan_dry(options: PlanOptions) -> DryBudget:
     num_gpus = options.workers * options.gpus_per_teacher
     gpu_seconds = options.positions / rate * options.gpus_per_teacher
     teacher = _teacher(options, shape, dtype)
-    student = None if options.student_config is None else _student(options, read_shape(options.student_config))
+    student = None if learner is None else _student(options, learner)
     student_seconds = None
     if student is not None:  # forward and backward: three times the forward pass
         flops = 3 * student.shape.forward_flops(options.seq_len)
@@ -162,6 +164,7 @@ def plan_dry(options: PlanOptions) -> DryBudget:
         epochs=options.num_train_epochs,
         price_per_hour=options.price_per_hour,
         warnings=_warnings(options, teacher, student)
+        + warn_of_temperatures(options, dump_options.target_spec(shape.vocab_size).temperatures)
         + check_disk(options.output, {one: round(sizes[one] * options.positions) for one in (name, *sizes)}),
         command=command_line(dump_options),
     )
@@ -205,14 +208,13 @@ def _teacher(options: PlanOptions, shape: Shape, dtype: str) -> ModelBudget:
 
 def _student(options: PlanOptions, shape: Shape) -> ModelBudget:
     gpus, tokens = options.gpus_per_student, options.per_device_train_batch_size * options.seq_len
-    activations = shape.training_bytes(tokens, checkpointing=True)
-    state = 16 * shape.num_parameters
+    state, activations = shape.step_bytes(tokens, gpus)
     lines = [
-        MemoryLine(f"weights, gradients, AdamW in float32, split over {gpus}", state // gpus, True),
+        MemoryLine(f"weights, gradients, AdamW in float32, split over {gpus}", state, True),
         MemoryLine(f"activations of {tokens:,} tokens with checkpointing, logits", activations, False),
     ]
     room = options.gpu_memory * GIB - activations
-    fewest = -(-state // int(room)) if room > 0 else None
+    fewest = -(-shape.step_bytes(tokens, 1)[0] // int(room)) if room > 0 else None
     return ModelBudget(str(options.student_config), shape, "float32", gpus, lines, fewest)
 
 

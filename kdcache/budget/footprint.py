@@ -10,11 +10,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdcache.errors import ConfigError, ModelError
 from kdcache.model_files import ModelSource, find_model
 from kdcache.models import load_config, meta_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Positions whose logits a dump holds on a GPU, and elements of its two float32 buffers at most.
@@ -76,6 +79,14 @@ class Shape:
         kept = self.num_layers * self.hidden_size + layer if checkpointing else self.num_layers * layer
         return 2 * num_tokens * kept + 2 * 4 * min(num_tokens * self.vocab_size, BUFFER_ELEMENTS)
 
+    def step_bytes(self, num_tokens: int, num_gpus: int) -> tuple[int, int]:
+        """What a GPU holds of a student that learns from so many tokens a step, with checkpointing, split over GPUs.
+
+        Returns:
+            Of weights, gradients and AdamW in float32; of activations and logits.
+        """
+        return 16 * self.num_parameters // num_gpus, self.training_bytes(num_tokens, checkpointing=True)
+
 
 def read_shape(name: str) -> Shape:
     """Of a model folder, a ``config.json``, or any other model whose config can be had.
@@ -86,7 +97,12 @@ def read_shape(name: str) -> Shape:
     """
     source = ModelSource(name, name, None) if name.endswith(".json") else find_model(name)
     config = _read_json(name) if name.endswith(".json") else load_config(source)
-    model, text = meta_model(source, config), config.get_text_config()
+    return shape_of(meta_model(source, config))
+
+
+def shape_of(model: PreTrainedModel) -> Shape:
+    """Of a model that is built, with weights or without."""
+    text = model.config.get_text_config()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     is_tied = outputs is None or outputs.weight is inputs.weight
@@ -102,7 +118,9 @@ def read_shape(name: str) -> Shape:
         num_kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
         head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
         context=getattr(text, "max_position_embeddings", None),
-        dtype=str(getattr(text, "dtype", None) or getattr(config, "dtype", None) or "float32").removeprefix("torch."),
+        dtype=str(getattr(text, "dtype", None) or getattr(model.config, "dtype", None) or "float32").removeprefix(
+            "torch."
+        ),
     )
 
 

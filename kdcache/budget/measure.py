@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kdcache.budget.costs import Costs, check_disk
-from kdcache.budget.options import COMPARED, PlanOptions, command_line, scheme_name
+from kdcache.budget.options import COMPARED, PlanOptions, command_line, scheme_name, warn_of_temperatures
 from kdcache.cache.manifest import Plan
 from kdcache.cache.store import open_store
 from kdcache.dump.options import DumpOptions
@@ -75,6 +75,7 @@ class Budget:
         teacher_tokens_per_second: Of one worker, trunk and logits alone.
         student_tokens_per_second: Of a training step on one device, or None.
         memory: Of one worker.
+        student_memory: Bytes of each GPU that trains the student, estimated, or None.
         chosen: Name of the scheme that the other numbers are of.
         schemes: The chosen one and those beside it.
         costs: Of the chosen one.
@@ -96,6 +97,7 @@ class Budget:
     teacher_tokens_per_second: float
     student_tokens_per_second: float | None
     memory: Memory
+    student_memory: int | None
     chosen: str
     schemes: list[SchemeCost]
     costs: Costs
@@ -114,11 +116,13 @@ def plan_budget(options: PlanOptions) -> Budget:
     started = time.monotonic()
     dump_options = options.dump_options()
     draft = draft_spec(dump_options)
-    student_parameters = None
+    student_parameters = student_memory = None
     if options.student is not None:
         from kdcache.budget.student import check_planned_student
 
-        student_parameters = check_planned_student(options.student, draft.spec, options.trust_remote_code)
+        shape = check_planned_student(options.student, draft.spec, options.trust_remote_code)
+        student_parameters, tokens = shape.num_parameters, options.per_device_train_batch_size * options.seq_len
+        student_memory = sum(shape.step_bytes(tokens, options.gpus_per_student))
     corpus = count_corpus(draft, {"auto": None, "all": False, "sample": True}[options.count])
     if not corpus.num_positions:
         raise CorpusError(
@@ -158,6 +162,7 @@ def plan_budget(options: PlanOptions) -> Budget:
         teacher_tokens_per_second=1 / pilot.teacher_seconds,
         student_tokens_per_second=None if student_seconds is None else 1 / student_seconds,
         memory=memory,
+        student_memory=student_memory,
         chosen=chosen.estimate.name,
         schemes=schemes,
         costs=costs,
@@ -261,14 +266,7 @@ def warn(
             f"the teacher is {spec.teacher.num_parameters / student_parameters:.0f} times the student; past about {LARGEST_RATIO} a teacher of "
             "middle size in between often serves better"
         )
-    declared = chosen.estimate.temperatures
-    missing = [f"{t:g}" for t in options.train_temperatures or () if t not in declared]
-    if missing and dump_options.targets != "hidden":
-        wanted = ",".join(f"{t:g}" for t in sorted({*declared, *(options.train_temperatures or ())}))
-        out.append(
-            f"students are to train at T = {', '.join(missing)}, and the dump declares {', '.join(f'{t:g}' for t in declared)}: no later "
-            f"step can make up for that; --temperatures {wanted}"
-        )
+    out += warn_of_temperatures(options, chosen.estimate.temperatures)
     if corpus.num_cut:
         what = "go on in the next sequence" if spec.corpus.columns == "text" else "lose their end"
         out.append(

@@ -165,6 +165,23 @@ def scheme_name(options: DumpOptions) -> str:
     return ":".join([options.targets, *(f"{part:g}" if isinstance(part, float) else str(part) for part in parts)])
 
 
+def warn_of_temperatures(options: PlanOptions, declared: tuple[float, ...]) -> list[str]:
+    """What there is to say where students are to train at temperatures that the dump does not declare.
+
+    Args:
+        options: Of the plan.
+        declared: By the dump that is planned.
+    """
+    wanted = options.train_temperatures or ()
+    missing = [f"{t:g}" for t in wanted if t not in declared]
+    if not missing or options.targets == "hidden":
+        return []
+    return [
+        f"students are to train at T = {', '.join(missing)}, and the dump declares {', '.join(f'{t:g}' for t in declared)}: no later "
+        f"step can make up for that; --temperatures {','.join(f'{t:g}' for t in sorted({*declared, *wanted}))}"
+    ]
+
+
 def command_line(options: DumpOptions) -> str:
     """The ``kdcache dump-teacher`` that was planned: every option that somebody has set."""
     words = ["kdcache", "dump-teacher"]

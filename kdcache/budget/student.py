@@ -7,6 +7,7 @@ import os
 import time
 from typing import TYPE_CHECKING
 
+from kdcache.budget.footprint import Shape, shape_of
 from kdcache.cache.manifest import CacheSpec, Plan
 from kdcache.model_files import ModelSource, find_model
 from kdcache.models import check_student, load_config, load_model, load_tokenizer, meta_model
@@ -22,8 +23,8 @@ logger = logging.getLogger(__name__)
 STEPS = 4
 
 
-def check_planned_student(name: str, spec: CacheSpec, trust_remote_code: bool = False) -> int:
-    """Its number of parameters, once it is known to fit; without its weights.
+def check_planned_student(name: str, spec: CacheSpec, trust_remote_code: bool = False) -> Shape:
+    """What it is, once it is known to fit; without its weights.
 
     Raises:
         CacheMismatchError: Another tokenizer, too few embeddings or too short a context.
@@ -32,7 +33,7 @@ def check_planned_student(name: str, spec: CacheSpec, trust_remote_code: bool = 
     model = meta_model(source, load_config(source, trust_remote_code=trust_remote_code))
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     check_student(model, tokenizer, spec.tokenizer, spec.teacher.vocab_size, spec.corpus.seq_len)
-    return sum(parameter.numel() for parameter in model.parameters())
+    return shape_of(model)
 
 
 def measure_student(options: PlanOptions, spec: CacheSpec, stored: list[tuple[TokenSequence, SparseTargets]]) -> float:

@@ -119,6 +119,7 @@ class RemoteStore:
             StoreError: It has another size.
             StoreUnavailableError: It cannot be read, or no copy kept.
         """
+
         def fetch(write: Callable[[bytes], object]) -> str:
             with self._found(name):
                 info = self._ask(f"read {name}", lambda fs, path: fs.info(path), name)

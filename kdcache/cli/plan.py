@@ -13,6 +13,8 @@ from kdcache.budget.costs import hours, size
 from kdcache.budget.options import PlanOptions
 from kdcache.cli.flags import flags_of, given
 from kdcache.config import read_section, resolve_options
+from kdcache.errors import ConfigError
+from kdcache.train.schedule import parse_schedule
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -37,14 +39,14 @@ def command(config: str | None, as_json: bool, **flags: Any) -> None:
     kdcache plan --teacher-config DIR --student-config DIR --positions 10000000000 --gpus-per-teacher 4
 
     The first runs the teacher over a few hundred sequences, here; the second loads no weights. With --config the section
-    dump-teacher is taken first, then the section plan.
+    dump-teacher is taken first, then batch, epochs and temperature of the section train-student, then the section plan.
     """  # noqa: D301 - click's mark for lines to leave alone
     values = given(flags)
     if config is not None:
         dumped, planned = read_section(config, "dump-teacher"), read_section(config, "plan")
         if values.get("teacher_config") or planned.get("teacher_config"):
             dumped = {name: value for name, value in dumped.items() if name not in ("teacher", "dataset")}
-        base = dumped | planned
+        base = dumped | trained(config) | planned
         values = base | {name: value for name, value in values.items() if value is not None}
     options = resolve_options(PlanOptions, "plan", values, None)
     if options.teacher_config is not None:
@@ -57,6 +59,27 @@ def command(config: str | None, as_json: bool, **flags: Any) -> None:
 
     budget = plan_budget(options)
     show(as_json, budget, lambda: render(budget, options))
+
+
+def trained(config: str) -> dict[str, Any]:
+    """What the section train-student of a config file says of students to come; not which, for that one may have to be made first.
+
+    Raises:
+        ConfigError: Its temperature is neither a number nor a schedule.
+    """
+    section = read_section(config, "train-student")
+    found: dict[str, Any] = {
+        name: section[name] for name in ("per_device_train_batch_size", "num_train_epochs") if name in section
+    }
+    if "temperature" in section:
+        try:
+            found["train_temperatures"] = parse_schedule(section["temperature"]).values
+        except ValueError as error:
+            raise ConfigError(
+                f"train-student: temperature: {error} (found {section['temperature']!r}) ({config})",
+                hint="kdcache train-student --help",
+            ) from error
+    return found
 
 
 def show(as_json: bool, budget: Budget | DryBudget, parts: Callable[[], list[RenderableType]]) -> None:
@@ -88,12 +111,17 @@ def render(budget: Budget, options: PlanOptions) -> list[RenderableType]:
         ("memory", f"{size(budget.memory.peak)} at most while the pilot ran, {size(budget.memory.weights)} of it the teacher's weights"),
     ]  # fmt: skip
     if budget.student_tokens_per_second is not None:
-        facts.append(
+        facts += [
             (
                 "student",
                 f"{budget.student_parameters:,} parameters; a step reads {budget.student_tokens_per_second:,.0f} tokens/s",
-            )
-        )
+            ),
+            (
+                "its memory",
+                f"about {size(budget.student_memory or 0)} to train, on each of {options.gpus_per_student} GPUs: weights, gradients, AdamW in "
+                f"float32, and a batch of {options.per_device_train_batch_size} with checkpointing; computed, not measured",
+            ),
+        ]
     columns = ["scheme", "B/token", "cache", "entries", "mass", "KL lost", "target MSE", "time", "losses", "T"]
     rows = []
     for one in budget.schemes:

@@ -8,13 +8,14 @@ loss mask and their content hash, and are found again by it (several teachers, o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from kdcache.cache.layout import PLAN
 from kdcache.cache.reader import CacheReader, open_cache
 from kdcache.cache.shard import digest
+from kdcache.cache.store import open_store
 from kdcache.corpus import TOKEN_COLUMNS, Rows
 from kdcache.errors import CacheMismatchError, CorpusError
 from kdcache.rows import Columns, detect_columns, load_rows, prompt_column, source_digest
@@ -64,8 +65,12 @@ def open_rows(options: DumpOptions) -> Rows:
 
 
 def is_cache(dataset: str) -> bool:
-    """Whether a dataset is the folder of a cache."""
-    return (Path(dataset) / "plan.json").is_file()
+    """Whether a dataset is a cache: a folder, or a URL where one lies.
+
+    Raises:
+        StoreError: That cannot be found out.
+    """
+    return open_store(dataset).exists(PLAN)
 
 
 def describe_corpus(options: DumpOptions, rows: Rows, tokenizer: TokenizerSpec) -> CorpusSpec:

@@ -3,12 +3,13 @@
 A shard is a function of its prompts and the plan, as in a dump: batches are made of the shard's prompts alone, longest first, and
 what is sampled depends on the seed and the numbers of the answers. So it is resumed, shared and verified like any other cache.
 
-Answers are dropped for what they are (too short, repetitive, cut off, there already), and counted by reason in the commit. The text of
+Answers are dropped for what they are (too short, repetitive, cut off, in their shard already), and counted by reason in the commit. The text of
 those that stay is read back out of the cache into a dataset: nothing is kept twice that could disagree.
 """
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 from collections import Counter
@@ -23,7 +24,7 @@ from kdcache.cache.shard import sequence_id
 from kdcache.corpus import CorpusCounts, asked_chat, tokenize_prompt
 from kdcache.dump.engines.generate import Answer, AnsweringEngine
 from kdcache.dump.worker import Worker, plan_batches
-from kdcache.errors import TeacherOutputError
+from kdcache.errors import ConfigError, TeacherOutputError
 from kdcache.specs import GenerationSpec
 from kdcache.targets import SparseTargets, TokenSequence
 
@@ -145,10 +146,13 @@ def answers_of(cache: CacheReader, rows: Dataset, tokenizer: PreTrainedTokenizer
 
 
 def write_answers(cache: CacheReader, rows: Dataset, tokenizer: PreTrainedTokenizerBase, path: str) -> int:
-    """One line of JSON an answer; the file appears when it is whole.
+    """One line of JSON an answer; the file appears when it is whole. One that is there stays, if it says the same.
 
     Returns:
         How many.
+
+    Raises:
+        ConfigError: It says something else.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -158,5 +162,14 @@ def write_answers(cache: CacheReader, rows: Dataset, tokenizer: PreTrainedTokeni
         for answer in answers_of(cache, rows, tokenizer):
             stream.write(json.dumps(answer, ensure_ascii=False) + "\n")
             number += 1
-    temporary.replace(target)
+    if not target.exists():
+        temporary.replace(target)
+        return number
+    agrees = filecmp.cmp(temporary, target, shallow=False)
+    temporary.unlink()
+    if not agrees:
+        raise ConfigError(
+            f"{path} is not the text of {cache.store}, which holds {number:,} answers",
+            hint="remove it, and the same command writes it anew; or name another file with --answers",
+        )
     return number

@@ -28,7 +28,8 @@ class DumpOptions(Options):
     dataset: Annotated[
         str,
         Field(
-            description="Hub name, save_to_disk folder, file, folder or glob (jsonl, parquet, csv, txt; .gz, .zst), or builtin:python-reference."
+            description="Hub name, save_to_disk folder, file, folder or glob (jsonl, parquet, csv, txt; .gz, .zst), or builtin:python-reference; "
+            "or a cache, folder or URL, whose very tokens are read."
         ),
     ]
     output: Annotated[str, Field(description="Folder of the cache.")]

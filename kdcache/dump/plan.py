@@ -109,6 +109,9 @@ def make_plan(
 ) -> tuple[Plan, Rows]:
     """Describe everything that moves the numbers, and publish it or agree with what was published.
 
+    Processes that begin a cache together do not wait for each other: each runs the pilot, which takes the time that it would have
+    waited for a peer's, and the tables of the first to publish a plan count, for all.
+
     Args:
         store: Where the cache is, or will be.
         options: Of the dump.
@@ -121,6 +124,7 @@ def make_plan(
     codec = spec.codec
     kind = choose_tables(options, spec.targets, codec, spec.teacher.vocab_size, num_tokens)
     tables = _standing_tables(store, standing, options, kind)
+    is_counted = False
     if load_worker and tables is None and kind != "none" and not (standing and standing.spec.codec.id_tables is None):
         data = count_tables(load_worker(_plan(spec), rows), kind, num_tokens).to_bytes()
         standing = read_plan(store) if store.exists("plan.json") else None  # a peer may have been faster
@@ -134,8 +138,18 @@ def make_plan(
                 hint="go on where the cache was begun (same device, same versions as in plan.json), put a copy of the file back, or "
                 "dump anew to another --output",
             )
-    plan = _plan(spec.model_copy(update={"codec": codec.model_copy(update={"id_tables": tables})}))
-    return publish_plan(store, plan), rows
+        is_counted = standing is None
+
+    def planned(tables: str | None) -> Plan:
+        return _plan(spec.model_copy(update={"codec": codec.model_copy(update={"id_tables": tables})}))
+
+    try:
+        return publish_plan(store, planned(tables)), rows
+    except CacheMismatchError:
+        if not is_counted:
+            raise
+        # A peer was faster in this very moment, and on its device other tokens may have been the likely ones.
+        return publish_plan(store, planned(read_plan(store).spec.codec.id_tables)), rows
 
 
 def draft_spec(options: DumpOptions, standing: Plan | None = None) -> Draft:

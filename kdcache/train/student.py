@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+# Attributes of modules that are other ones in a layer of another number, or after a forward pass, and mean nothing for what it computes.
+CHANGING = ("layer_idx", "layer_id", "layer_index", "layer_number", "training", "max_seq_len_cached")
 
 
 def init_student(options: InitOptions) -> dict[str, Any]:
@@ -91,6 +94,7 @@ def _random_student(options: InitOptions) -> PreTrainedModel:
                 f"--shape {name}: a {config.model_type} config has no such field",
                 hint=f"did you mean {close[0]}?" if close else "known are " + ", ".join(sorted(known)),
             )
+    num_layers = config.num_hidden_layers
     try:
         for name, value in options.shape.items():
             if type(getattr(config, name, None)) is int and type(value) is not int:  # older transformers take anything
@@ -102,8 +106,8 @@ def _random_student(options: InitOptions) -> PreTrainedModel:
         config.head_dim = config.hidden_size // config.num_attention_heads
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[: config.num_hidden_layers]
+    if config.num_hidden_layers < num_layers:
+        _cut_lists(config, num_layers, range(config.num_hidden_layers), but=options.shape)
     set_seed(options.seed)
     model = _build(config, "--shape " + ", ".join(f"{name}={value}" for name, value in options.shape.items()))
     return model.to(parse_dtype(options.dtype, config))
@@ -156,9 +160,66 @@ def _cut_layers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, opti
                 setattr(module, "layer_idx", index)  # noqa: B010 - typed as a submodule
     config = model.config.get_text_config()
     config.num_hidden_layers = len(kept)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[i] for i in kept]
+    _cut_lists(config, len(layers), kept)
+    _check_layers(model, layers_name, kept)
     return kept
+
+
+def _cut_lists(config: Any, num_layers: int, kept: Sequence[int], but: Collection[str] = ()) -> None:
+    """Leave of every list with an item a layer those of the kept ones.
+
+    ``layer_types``, ``no_rope_layers``, ``mlp_layer_types``, ``layer_rope_theta`` ...: families name them as they like.
+    """
+    from transformers import PretrainedConfig
+
+    shared = {*PretrainedConfig().to_dict(), *but}  # names of classes, labels: nothing of layers
+    for name in config.to_dict():
+        value = getattr(config, name, None)
+        if isinstance(value, list | tuple) and len(value) == num_layers and name not in shared and "token" not in name:
+            setattr(config, name, [value[i] for i in kept])
+
+
+def _check_layers(model: PreTrainedModel, layers_name: str, kept: Sequence[int]) -> None:
+    """Refuse a config from which other layers would come than those that were kept.
+
+    What a layer does can follow from its number: dense or sparse, with rotary embeddings or without, its window. So a model is built from
+    the config, without weights, as whoever loads the student will build it, and its layers are held against the kept ones.
+
+    Raises:
+        ModelError: They differ.
+    """
+    import torch
+
+    if getattr(model.config, "quantization_config", None):
+        return  # packed weights have other shapes
+    hint = "a config of this family says it by the numbers of layers; --shape begins with random weights"
+    try:
+        config = type(model.config).from_dict(model.config.to_dict())
+        with torch.device("meta"):
+            rebuilt = type(model)(config)
+    except Exception as error:
+        first = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{type(model).__name__} with {len(kept)} of its layers: {first}", hint=hint) from error
+    pairs = zip(kept, model.get_submodule(layers_name), rebuilt.get_submodule(layers_name), strict=True)
+    for index, (number, ours, theirs) in enumerate(pairs):
+        expected, found = _plain_attributes(ours), _plain_attributes(theirs)
+        for name in sorted(expected.keys() | found.keys()):
+            if expected.get(name) != found.get(name):
+                raise ModelError(
+                    f"layer {index} of the student would not be layer {number} of the teacher: {name} {found.get(name, 'missing')} in the place "
+                    f"of {expected.get(name, 'nothing')}",
+                    hint=hint,
+                )
+
+
+def _plain_attributes(layer: torch.nn.Module) -> dict[str, Any]:
+    """Numbers, flags and names that its modules hold, and shapes of its parameters; but what counts layers, or changes as it runs."""
+    found: dict[str, Any] = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
+    for path, module in layer.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, bool | int | float | str) and not (name.startswith("_") or name in CHANGING):
+                found[f"{path}.{name}".lstrip(".")] = value
+    return found
 
 
 def keep_layers(distances: Sequence[float], num_layers: int, num_kept: int) -> list[int]:

@@ -195,6 +195,7 @@ def test_what_should_be_known_is_said(budget, tmp_path, tiny_teacher, corpus_fil
         and budget.memory.weights > 0
         and budget.memory.peak > budget.memory.weights
     )
+    assert budget.student_memory > 16 * budget.student_parameters > 0
     monkeypatch.setattr(costs_module.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 0, 500_000))
     (message,) = check_disk(str(tmp_path / "not" / "there"), {"top_k:64": 10**6, "systematic:25": 10**5})
     assert "1 MB" in message and "systematic:25 would fit" in message
@@ -247,6 +248,42 @@ def test_a_plan_without_weights(tmp_path, tiny_teacher, tiny_student):
     assert "80 MB" in shown.stdout, "80 bytes a token"
 
 
+def test_a_plan_without_weights_knows_the_student_of_the_config_file(tmp_path, tiny_teacher, tiny_student):
+    """Its batch, its epochs and its temperature; the section plan and flags win."""
+    config = tmp_path / "run.yaml"
+    story = ["dump-teacher:", "  seq_len: 64", "  temperatures: 1,2", "train-student:", "  per_device_train_batch_size: 2",
+             "  num_train_epochs: 3", "  temperature: linear:1:4"]  # fmt: skip
+    config.write_text("\n".join(story) + "\n")
+    arguments = [
+        "plan",
+        "--config",
+        config,
+        "--teacher-config",
+        tiny_teacher,
+        "--student-config",
+        tiny_student,
+        "--positions",
+        10**6,
+    ]
+
+    def planned(*more):
+        result = CliRunner().invoke(main, [*map(str, [*arguments, "--json", *more])])
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    found = planned()
+    assert "activations of 128 tokens" in found["student"]["lines"][1]["what"]
+    assert (found["epochs"], found["break_even_students"]) == (3, 1)
+    (warning,) = (line for line in found["warnings"] if "T = 4" in line)
+    assert "declares 1, 2" in warning and "--temperatures 1,2,4" in warning
+    assert "activations of 320 tokens" in planned("--per-device-train-batch-size", 5)["student"]["lines"][1]["what"]
+    config.write_text("\n".join([*story, "plan:", "  num_train_epochs: 1"]) + "\n")
+    assert planned("--targets", "hidden")["epochs"] == 1
+    assert not any("T = 4" in line for line in planned("--targets", "hidden")["warnings"])
+    config.write_text("\n".join([*story[:-1], "  temperature: warm"]) + "\n")
+    assert "train-student: temperature: a number, linear:A:B" in refused(*arguments[1:])
+
+
 def test_bytes_of_a_pilot_serve_another_teacher(tmp_path, tiny_teacher, corpus_file):
     """The output of one plan is the input of another; a config file is read as by the dump."""
     config = tmp_path / "run.yaml"
@@ -286,5 +323,6 @@ def test_bad_input_is_refused_with_a_hint(tmp_path, tiny_teacher, tiny_student, 
     arguments = ["--teacher-config", tiny_teacher, "--positions", 10, "--seq-len", 64]
     assert "not what kdcache plan" in refused(*arguments, "--bytes-from", tmp_path / "pilot.json")
     short = make_llama(tmp_path / "short", max_position_embeddings=32)
+    assert "student's context of 32" in refused(*arguments, "--student-config", short)
     arguments = ["--teacher", tiny_teacher, "--dataset", corpus_file, "--seq-len", 64, "--student", short]
     assert "context is 32" in refused(*arguments), "before the teacher reads anything"

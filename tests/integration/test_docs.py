@@ -91,16 +91,12 @@ def test_trl(cache, student, tiny_student, adapters):
 def test_flags_that_pages_name_are_there(page):
     commands = [main.get_command(click.Context(main), name) for name in COMMANDS]
     known = {flag for one in commands for option in one.params for flag in [*option.opts, *option.secondary_opts]}
-    others = {
-        "--nnodes",
-        "--nproc-per-node",
-        "--ntasks-per-node",
-        "--gpus-per-node",
-        "--nodes",
-        "--defaults",
-    }  # torchrun's, Slurm's, a proof's
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", (DOCS / page).read_text()))
-    assert named <= known | others
+    others = {"--nnodes", "--nproc-per-node", "--ntasks-per-node", "--gpus-per-node", "--nodes"}  # torchrun's, Slurm's
+    for line in (DOCS / page).read_text().splitlines():
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", line))
+        scripts = re.findall(r"\b(?:prove|bench)_\w+\.py|\benglish\.py", line)
+        own = re.findall(r'"(--[a-z-]+)"', "".join((DOCS.parent / "benchmarks" / name).read_text() for name in scripts))
+        assert named <= known | others | set(own), line
 
 
 # --- recipes.md --------------------------------------------------------------------------------------------------------

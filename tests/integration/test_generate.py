@@ -191,8 +191,32 @@ def test_the_text_is_a_dataset_that_can_be_dumped(tmp_path, tiny_teacher, prompt
         assert line["completion"] == tokenizer.decode(said, skip_special_tokens=True)
     again = CliRunner().invoke(main, ["generate", *flags])
     assert again.exit_code == 0 and "all done" in again.output
+    written = (tmp_path / "c" / "answers.jsonl").read_bytes()
+    (tmp_path / "c" / "answers.jsonl").unlink()
+    assert CliRunner().invoke(main, ["generate", *flags]).exit_code == 0, "as after a crash between cache and text"
+    assert (tmp_path / "c" / "answers.jsonl").read_bytes() == written
     changed = CliRunner().invoke(main, ["dump-teacher", *flags[:4], "--output", str(tmp_path / "c")])
     assert changed.exit_code == 1 and "was made by kdcache generate" in changed.output
+
+
+def test_another_text_is_never_taken_for_the_answers(tmp_path, tiny_teacher, prompts_file):
+    """Nor written over; before there is work, where that can be known."""
+    cache, text = tmp_path / "c", tmp_path / "a.jsonl"
+    flags = ["--teacher", tiny_teacher, "--dataset", prompts_file, "--split", "train[:3]", "--seq-len", "64", "--max-new-tokens", "8",
+             "--threads", "1", "--device", "cpu", "--output", str(cache), "--answers", str(text)]  # fmt: skip
+    text.write_text("mine\n")
+    refused = CliRunner().invoke(main, ["generate", *flags])
+    assert refused.exit_code == 1 and "is there already" in refused.output and "another file" in refused.output
+    assert not cache.exists() and text.read_text() == "mine\n"
+    text.unlink()
+    assert CliRunner().invoke(main, ["generate", *flags]).exit_code == 0
+    written = text.read_bytes()
+    assert CliRunner().invoke(main, ["generate", *flags]).exit_code == 0 and text.read_bytes() == written
+    text.write_bytes(written[:-1])
+    refused = CliRunner().invoke(main, ["generate", *flags])
+    assert refused.exit_code == 1 and "is not the text of" in refused.output and "remove it" in refused.output
+    assert text.read_bytes() == written[:-1]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_chats_are_answered_by_chats(tmp_path, tiny_teacher):

@@ -83,24 +83,60 @@ def test_the_70b_story_is_planned_without_weights(tmp_path, monkeypatch):
     assert "8030261248" in found
 
 
-@pytest.mark.parametrize("launch", ["torchrun", "srun"])
-def test_the_70b_story_launches(launch, tmp_path):
-    """Both variants, with stand-ins for the launchers: every part of the story is asked for."""
-    log = tmp_path / "log"
+LAUNCHERS = {
+    "kdcache": '[ "$1 ${CUDA_VISIBLE_DEVICES:-}" != "dump-teacher ${FAILS:-}" ]',
+    "torchrun": "",
+    "srun": "",
+    # What Slurm 22.05 prints: the path as it was given, and the arguments after it.
+    "scontrol": 'printf "JobId=7 JobName=run.sh\\n   UserId=me(1)\\n   Command=%s OUTPUT\\n   WorkDir=/\\n" "$SUBMITTED"',
+}
+
+
+def launch(script: Path, tmp_path: Path, **environment: str) -> tuple[int, str]:
+    """Exit code of the 70B story, and what it asked for of stand-ins for kdcache and the launchers."""
     (tmp_path / "bin").mkdir()
-    for tool in ("kdcache", "torchrun", "srun"):
+    for tool, does in LAUNCHERS.items():
         stand_in = tmp_path / "bin" / tool
-        stand_in.write_text(f'#!/usr/bin/env bash\necho "{tool} $*" >> "$LOG"\n')
+        stand_in.write_text(f'#!/usr/bin/env bash\necho "{tool} $*" >> "$LOG"\n{does}\n')
         stand_in.chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "LOG": str(log), "LAUNCH": launch}
-    subprocess.run(
-        ["bash", str(PIPELINES / "llama_70b_to_8b/run.sh"), str(tmp_path / "out")], check=True, env=environment
-    )
-    asked = log.read_text()
-    assert asked.count("dump-teacher") == (8 if launch == "torchrun" else 2)
+    environment |= {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "LOG": str(tmp_path / "log")}
+    done = subprocess.run(["bash", str(script), str(tmp_path / "out")], env=os.environ | environment, cwd=PIPELINES)
+    return done.returncode, (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_the_70b_story_launches(launcher, tmp_path):
+    """Both variants: every part of the story is asked for, with the files that lie beside the script."""
+    script, submitted = PIPELINES / "llama_70b_to_8b/run.sh", "./llama_70b_to_8b/run.sh"
+    if launcher == "srun":  # sbatch runs a copy
+        (tmp_path / "spool/job00007").mkdir(parents=True)
+        script = Path(shutil.copy(script, tmp_path / "spool/job00007/slurm_script"))
+    code, asked = launch(script, tmp_path, LAUNCH=launcher, SLURM_JOB_ID="7", SUBMITTED=submitted)
+    assert code == 0
+    configs = re.findall(r"--(?:teacher-|student-)?config (\S+)", asked)
+    assert set(configs) == {
+        f"{PIPELINES}/llama_70b_to_8b/{name}" for name in ("config.yaml", "llama-3.1-70b", "llama-3.1-8b")
+    }
+    assert asked.count("dump-teacher") == (8 if launcher == "torchrun" else 2)
     assert asked.count("-m kdcache train-student") == 1
-    assert re.search(rf"^{launch} .*nproc-per-node 8|^{launch} --ntasks-per-node 1 ", asked, re.MULTILINE)
-    assert "kdcache evaluate" in asked
+    assert re.search(rf"^{launcher} .*nproc-per-node 8|^{launcher} --ntasks-per-node 1 ", asked, re.MULTILINE)
+    assert asked.count("kdcache evaluate") == 1
+
+
+def test_a_worker_of_the_70b_story_that_fails_stops_it(tmp_path):
+    """Not before the others are through with their shards, though."""
+    script = PIPELINES / "llama_70b_to_8b/run.sh"
+    code, asked = launch(script, tmp_path, LAUNCH="torchrun", FAILS="2,3")
+    assert code == 1
+    assert asked.count("dump-teacher") == 4 and "train-student" not in asked
+
+
+def test_one_node_of_the_70b_story_evaluates(tmp_path):
+    script = PIPELINES / "llama_70b_to_8b/run.sh"
+    code, asked = launch(script, tmp_path, LAUNCH="torchrun", NNODES="2", NODE_RANK="1", RDZV="node:29500")
+    assert code == 0
+    assert "--nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node:29500 -m kdcache train" in asked
+    assert "kdcache evaluate" not in asked
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from kdcache.cache.reader import open_cache
 from kdcache.cli import main
 from kdcache.train.mix import kind_of_text
+from tests.object_stores import FaultyMemory, faulty_memory
 
 PROMPTS = ["the cat", "a dog runs", "once upon", "the sea is", "in the house", "seven birds", "a long way", "he said"]
 
@@ -53,6 +54,24 @@ def train(folder, student, output, *more, code=0):
 
 def logs(output):
     return [r for r in map(json.loads, (output / "metrics.jsonl").read_text().splitlines()) if "loss" in r]
+
+
+def test_a_cache_in_another_store_is_read_too(folder, tiny_teacher, tmp_path, monkeypatch):
+    monkeypatch.setenv("KDCACHE_COPIES", str(tmp_path / "copies"))
+    faulty_memory()
+    FaultyMemory.disarm()
+    kdcache("transcode", "--cache", folder / "rollouts", "--output", "faulty://bucket/rollouts")
+    asked = ["--teacher", tiny_teacher, "--top-k", 16, "--temperatures", 1, "--dtype", "float32", "--seq-len", 64]
+    kdcache("dump-teacher", *asked, "--dataset", "faulty://bucket/rollouts", "--output", tmp_path / "scored")
+    ours, theirs = open_cache(tmp_path / "scored"), open_cache(folder / "scored")
+    assert ours.content_hashes() == theirs.content_hashes()
+    assert ours.spec.corpus.model_copy(update={"dataset": str(folder / "rollouts")}) == theirs.spec.corpus
+    again = kdcache("dump-teacher", *asked, "--dataset", "faulty://bucket/rollouts", "--output", tmp_path / "scored")
+    assert "all done" in again
+    told = kdcache(
+        "dump-teacher", *asked, "--dataset", "faulty://bucket/text.jsonl", "--output", tmp_path / "c", code=1
+    )
+    assert "no cache lies there" in told and "of URLs, caches" in told
 
 
 def test_a_cache_is_read_token_for_token(folder, tiny_teacher, tmp_path):

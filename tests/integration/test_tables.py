@@ -7,15 +7,18 @@ import shutil
 import numpy as np
 import pytest
 
+from kdcache.cache.commit import publish_plan
 from kdcache.cache.garbage import collect_garbage
+from kdcache.cache.manifest import Plan, parse
 from kdcache.cache.reader import open_cache
 from kdcache.cache.store import LocalStore
 from kdcache.cache.tables import IdTables
 from kdcache.cache.transcode import TranscodeOptions, transcode
 from kdcache.cache.verify import repair, verify_cache
 from kdcache.dump import pilot, plan
-from kdcache.dump.launch import dump
+from kdcache.dump.launch import dump, make_worker
 from kdcache.dump.options import DumpOptions
+from kdcache.dump.plan import make_plan
 from kdcache.errors import CacheCorruptError, CacheMismatchError, ConfigError
 from tests.abuse.crashes import contents
 from tests.reference_reader import read_cache
@@ -104,6 +107,28 @@ def test_two_workers_end_in_the_same_bytes(options, tmp_path):
     run(options, tmp_path / "one", id_tables="context")
     run(options, tmp_path / "two", id_tables="context", workers=2)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_the_tables_of_the_first_to_plan_count(options, tmp_path):
+    """A peer whose device counted otherwise publishes its plan in the moment before ours is put there."""
+
+    class Raced(LocalStore):
+        def put_if_absent(self, name, data):
+            if name == "plan.json" and not self.exists(name):
+                ours = parse(Plan, data, name)
+                spec = ours.spec.model_copy(update={"codec": ours.spec.codec.model_copy(update=theirs)})
+                publish_plan(LocalStore(self.root), Plan(spec=spec, fingerprint=spec.fingerprint))
+            return super().put_if_absent(name, data)
+
+    theirs, asked = {"id_tables": "0" * 32}, DumpOptions(**options, output=str(tmp_path / "c"), id_tables="context")
+    store = Raced(tmp_path / "c")
+    plan, _ = make_plan(store, asked, lambda draft, rows: make_worker(store, asked, draft, rows, 0, 1))
+    assert plan.spec.codec.id_tables == "0" * 32
+    assert (tmp_path / "c" / "tables").is_dir(), "we counted too"
+    theirs = {"name": "exact", "id_tables": None}
+    other = Raced(tmp_path / "d")
+    with pytest.raises(CacheMismatchError, match=r"codec\.name"):
+        make_plan(other, asked, lambda draft, rows: make_worker(other, asked, draft, rows, 0, 1))
 
 
 def test_a_cache_begun_without_tables_gets_none(options, tmp_path):
