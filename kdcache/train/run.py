@@ -125,8 +125,12 @@ def train_stage(options: TrainOptions) -> TrainResult:
     source = find_model(options.student)
     tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
     arguments = training_arguments(options)
+    adapter = source.adapter if options.lora else None  # trained on, where adapters are asked for; else merged
     model = load_model(
-        source, dtype=torch.float32, attention=options.attention, trust_remote_code=options.trust_remote_code
+        dataclasses.replace(source, adapter=None) if adapter else source,
+        dtype=torch.float32,
+        attention=options.attention,
+        trust_remote_code=options.trust_remote_code,
     )
     check_student(model, tokenizer, reader.spec.tokenizer, reader.vocab_size, reader.spec.corpus.seq_len)
     if reader.spec.corpus.packing:
@@ -134,7 +138,7 @@ def train_stage(options: TrainOptions) -> TrainResult:
     _warn_about_sizes(reader, sum(p.numel() for p in model.parameters()))
     set_seed(options.seed)
     if options.lora:
-        model = add_lora(model, options.lora, options.student)
+        model = add_lora(model, options.lora, options.student, adapter)
     trainer = KDTrainer(
         model,
         arguments,
