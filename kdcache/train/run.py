@@ -43,7 +43,11 @@ FREE_TO_CHANGE = {
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """What came of a training run: ``results`` as written to ``train_results.json``."""
+    """What came of a training run: ``results`` as written to ``train_results.json``.
+
+    Its ``train_tokens`` are those of the sequences trained on, each as often as it was, over all ranks, before and after a resume: counted
+    as ``num_positions`` of a cache are, prompts too, padding not. ``tokens_per_second`` and ``train_seconds`` are of this run alone.
+    """
 
     results: dict[str, Any]
     already_done: bool = False
@@ -176,8 +180,8 @@ def train_stage(options: TrainOptions) -> TrainResult:
         "resumed": checkpoint is not None,
         "train_loss": outcome.training_loss,
         "train_seconds": round(seconds, 2),
-        "train_tokens": trainer.num_tokens_seen * arguments.world_size,
-        "tokens_per_second": round(trainer.num_tokens_seen * arguments.world_size / seconds, 1),
+        "train_tokens": trainer.state.num_input_tokens_seen,
+        "tokens_per_second": round(trainer.num_tokens_seen / seconds, 1),
         **evaluation,
         "cache": describe_cache(reader),
         "other_caches": [describe_cache(cache) | ({} if options.mix else {"weight": w}) for cache, w in caches[1:]],
