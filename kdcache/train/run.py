@@ -161,6 +161,7 @@ def train_stage(options: TrainOptions) -> TrainResult:
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressLine(trainer))
+    trainer.accelerator.wait_for_everyone()  # all ranks have looked at what the folder held
     if trainer.is_world_process_zero():
         write_provenance(output, "train-student", "train-student", options, str(arguments.device))
     checkpoint = last_checkpoint(output) if options.resume else None
@@ -199,6 +200,7 @@ def train_stage(options: TrainOptions) -> TrainResult:
     if trainer.is_world_process_zero():
         (output / "README.md").write_text(model_card(options, results))
         (output / RESULTS).write_text(json.dumps(results, indent=2) + "\n")
+    trainer.accelerator.wait_for_everyone()  # the first rank wrote what the next stage reads
     return TrainResult(results)
 
 
