@@ -180,7 +180,7 @@ def dumped(folder, tiny_teacher, corpus_file):
     def dump(name):
         output = folder / f"dumped-{name}"
         if not output.exists():
-            kdcache("dump-teacher", "--teacher", tiny_teacher, "--dataset", corpus_file, "--temperatures", 1, "--dtype", "float32",
+            kdcache("dump-teacher", "--teacher", tiny_teacher, "--dataset", corpus_file, "--split", "train[:6]", "--temperatures", 1, "--dtype", "float32",
                     "--seq-len", 64, "--output", output, *DUMPS[name])  # fmt: skip
         return output
 
