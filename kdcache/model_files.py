@@ -48,7 +48,7 @@ def find_model(name: str, revision: str | None = None) -> ModelSource:
     A folder may hold a LoRA adapter instead of a model: it names its base model.
 
     Raises:
-        ModelError: A path that does not exist, or a folder without a model.
+        ModelError: A path that does not exist, a folder without a model, or an adapter whose base is another adapter.
     """
     if name.startswith("package:"):
         return _packaged_model(name)
@@ -81,9 +81,15 @@ def _base_of_adapter(folder: Path) -> ModelSource:
     if not isinstance(base, str) or base == str(folder):
         raise ModelError(f"{folder / ADAPTER_CONFIG}: a base model was expected, found {base!r}")
     try:
-        return find_model(base)
+        source = find_model(base)
     except ModelError as error:
         raise ModelError(f"adapter {folder}: its base model: {error.message}", hint=error.hint) from error
+    if source.adapter:
+        raise ModelError(
+            f"adapter {folder}: its base {base} is an adapter too, and a chain of adapters is not one model",
+            hint=f"merge {base} into its own base (peft: merge_and_unload, save_pretrained), and name the result in {folder / ADAPTER_CONFIG}",
+        )
+    return source
 
 
 def _packaged_model(name: str) -> ModelSource:

@@ -97,6 +97,8 @@ def _merge_adapter(model: PreTrainedModel, source: ModelSource) -> PreTrainedMod
             merged: PreTrainedModel = PeftModel.from_pretrained(model, source.adapter).merge_and_unload()
         except RuntimeError as error:  # sizes that do not fit the base model
             raise ValueError(str(error)) from error
+    for parameter in merged.parameters():  # peft froze the base
+        parameter.requires_grad_(parameter.is_floating_point())
     return merged
 
 

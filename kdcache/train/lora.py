@@ -1,34 +1,38 @@
 """Students that learn low-rank adapters and keep their own weights (LoRA, 2106.09685).
 
 The adapters are peft's; here is how they are asked for. Such a student is saved as peft saves it, the adapters alone, and
-``kdcache.models.load_model`` puts them back on their base model.
+``kdcache.models.load_model`` puts them back on their base model. A student that is an adapter already (a second stage, the next
+round) is trained on, as the same adapter of the same base model.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from kdcache.errors import ConfigError
+from kdcache.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def add_lora(model: PreTrainedModel, fields: Mapping[str, Any], base: str) -> Any:
+def add_lora(model: PreTrainedModel, fields: Mapping[str, Any], student: str, adapter: str | None = None) -> Any:
     """The model inside a ``peft.PeftModel`` whose adapters alone are trained.
 
     Args:
-        model: The student.
+        model: The student; where it is an adapter, its base model.
         fields: Of ``peft.LoraConfig``. Every linear layer but the output head is adapted unless ``target_modules`` says
             otherwise.
-        base: The student's name, by which the adapters will find it.
+        student: Its name, by which the adapters will find it.
+        adapter: Folder of an adapter of the model, which is trained on; it finds the same base model as before.
 
     Raises:
-        ConfigError: No peft here, a field that LoraConfig does not have, or one that does not fit this model.
+        ConfigError: No peft here, a field that LoraConfig does not have, one that does not fit this model, or other fields than the
+            adapter has.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -52,8 +56,40 @@ def add_lora(model: PreTrainedModel, fields: Mapping[str, Any], base: str) -> An
         raise ConfigError(
             f"--lora {shown}: {str(error).splitlines()[0]}", hint="the fields are those of peft.LoraConfig"
         ) from error
-    adapted.peft_config["default"].base_model_name_or_path = base
+    adapted.peft_config["default"].base_model_name_or_path = student
+    if adapter is not None:
+        _load_adapter(adapted, adapter)
     return adapted
+
+
+def _load_adapter(adapted: Any, folder: str) -> None:
+    """Begin with the weights of an adapter that has the same fields: an adapter cannot stand on another one."""
+    from peft import PeftConfig
+
+    before = PeftConfig.from_pretrained(folder)
+    asked = adapted.peft_config["default"]
+    asked.base_model_name_or_path = before.base_model_name_or_path
+    ours, theirs = (_fields_of(config) for config in (asked, before))
+    differing = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
+    if differing:
+        lines = "".join(f"\n  {n}: the adapter has {theirs.get(n)!r}, --lora gives {ours.get(n)!r}" for n in differing)
+        raise ConfigError(
+            f"--student {folder} is an adapter, which can only be trained on as it is:{lines}",
+            hint="--lora with the adapter's own fields; without --lora adapter and model are merged, and all weights are trained",
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            adapted.load_adapter(folder, "default", is_trainable=True)
+    except (OSError, ValueError, RuntimeError) as error:  # no weights, or of other sizes
+        raise ModelError(f"adapter {folder}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+
+
+def _fields_of(config: Any) -> dict[str, Any]:
+    """What makes an adapter, as a file has it."""
+    beside = ("inference_mode", "task_type", "peft_version", "auto_mapping", "revision")
+    fields: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=sorted))  # sets
+    return {name: value for name, value in fields.items() if name not in beside}
 
 
 def without_adapters(model: PreTrainedModel) -> PreTrainedModel:

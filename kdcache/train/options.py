@@ -120,7 +120,7 @@ class TrainOptions(Options):
         Field(
             default_factory=dict,
             description="Train adapters and keep the student's weights: r=16 or any other field of peft.LoraConfig; can be "
-            "given again. Needs kdcache[lora].",
+            "given again. A student that is an adapter is trained on, with its own fields. Needs kdcache[lora].",
         ),
     ]
     attention: Annotated[

@@ -124,7 +124,8 @@ class Recipe:
 
         Raises:
             ConfigError: A temperature that is not declared, or a loss that drawn targets do not allow.
-            CacheMismatchError: Caches of different tokenizers, or over different sequences.
+            CacheMismatchError: Caches of different tokenizers, of targets that are not decoded alike, or of rollouts that were not
+                sampled as the loss takes them to be.
         """
         self._check_student_caches(caches, student_caches, rollouts, mixed)
         first = caches[0][0]
@@ -142,11 +143,7 @@ class Recipe:
             if self.uses_teacher and reader not in rollouts:
                 self._check_cache(reader)
         for reader in texts if self.uses_teacher else []:
-            if _storage(reader) != _storage(first):
-                raise CacheMismatchError(
-                    f"{reader.store} and {first.store} hold different kinds of targets: {_storage(reader)} and {_storage(first)}",
-                    hint="dump both with the same --targets, --temperatures and --codec",
-                )
+            _check_decoded_alike(reader, first)
 
     def _check_student_caches(
         self,
@@ -169,6 +166,8 @@ class Recipe:
             raise ConfigError(
                 f"loss {MINILLM} is at T = 1, where text is sampled; found temperature {self.temperature}"
             )
+        for reader in rollouts:
+            _check_plainly_sampled(reader)
         for reader in student_caches:
             missing = sum(all(r.index_of(h) is None for r in rollouts) for h in reader.content_hashes())
             if missing:
@@ -229,6 +228,47 @@ def weighted(caches: CacheReader | Sequence[tuple[CacheReader, float]]) -> Weigh
     return [(reader, weight / total) for reader, weight in caches]
 
 
-def _storage(reader: CacheReader) -> tuple[object, ...]:
-    targets = reader.spec.targets
-    return targets.scheme, targets.temperatures, reader.spec.codec.name, reader.manifest.head_digest
+def _check_decoded_alike(reader: CacheReader, first: CacheReader) -> None:
+    """Refuse a text whose targets another text's decoder would take for other numbers: a batch is decoded by one."""
+    ours, theirs = _decoding(reader), _decoding(first)
+    if differing := [name for name in ours if ours[name] != theirs[name]]:
+        found = "; ".join(f"{name} {ours[name]}, and {theirs[name]}" for name in differing)
+        raise CacheMismatchError(
+            f"{reader.store} and {first.store} hold targets that are not decoded alike: {found}",
+            hint="dump both with the same --targets, --top-k, --temperatures, --codec, --quality and --entry-logprobs; or make one like the "
+            "other with kdcache transcode, which cuts entries, temperatures and entry logprobs, and takes a --quality for the levels",
+        )
+
+
+def _decoding(reader: CacheReader) -> dict[str, object]:
+    """All that :class:`~kdcache.train.stream.TargetDecoder` and ``collate`` take from a cache, by the name that an error gives it."""
+    targets, codec = reader.spec.targets, reader.codec
+    levels = "none"
+    if targets.frequencies:
+        levels = f"counts in {codec.count_dtype.__name__}"
+    elif codec.name == "packed":
+        levels = f"of {codec.levels.step:.4g} nats growing by {codec.levels.growth:.4g}"
+    return {
+        "targets": targets.scheme,
+        "temperatures": ", ".join(f"{temperature:g}" for temperature in targets.temperatures),
+        "codec": codec.name,
+        "entry logprobs": "no" if targets.frequencies else "yes",
+        "levels": levels,
+        "hidden states": codec.hidden_dtype if codec.hidden_size else "none",
+        "output head": reader.manifest.head_digest,
+    }
+
+
+def _check_plainly_sampled(reader: CacheReader) -> None:
+    """Refuse rollouts whose text was not drawn from the probabilities that are stored beside it."""
+    spec = reader.spec.generation
+    if spec is None:
+        return
+    plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+    if differing := {name: getattr(spec, name) for name, value in plain.items() if getattr(spec, name) != value}:
+        found = ", ".join(f"{name} {value:g}" for name, value in differing.items())
+        raise CacheMismatchError(
+            f"{reader.store}: loss {MINILLM} weighs text by the probability with which it was sampled, and this was sampled with {found}, "
+            "while the stored probabilities are the student's own",
+            hint="kdcache generate --sample-temperature 1 --sample-top-p 1 --sample-top-k 0 --repetition-penalty 1, its defaults",
+        )

@@ -43,7 +43,11 @@ FREE_TO_CHANGE = {
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """What came of a training run: ``results`` as written to ``train_results.json``."""
+    """What came of a training run: ``results`` as written to ``train_results.json``.
+
+    Its ``train_tokens`` are those of the sequences trained on, each as often as it was, over all ranks, before and after a resume: counted
+    as ``num_positions`` of a cache are, prompts too, padding not. ``tokens_per_second`` and ``train_seconds`` are of this run alone.
+    """
 
     results: dict[str, Any]
     already_done: bool = False
@@ -125,8 +129,12 @@ def train_stage(options: TrainOptions) -> TrainResult:
     source = find_model(options.student)
     tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
     arguments = training_arguments(options)
+    adapter = source.adapter if options.lora else None  # trained on, where adapters are asked for; else merged
     model = load_model(
-        source, dtype=torch.float32, attention=options.attention, trust_remote_code=options.trust_remote_code
+        dataclasses.replace(source, adapter=None) if adapter else source,
+        dtype=torch.float32,
+        attention=options.attention,
+        trust_remote_code=options.trust_remote_code,
     )
     check_student(model, tokenizer, reader.spec.tokenizer, reader.vocab_size, reader.spec.corpus.seq_len)
     if reader.spec.corpus.packing:
@@ -134,7 +142,7 @@ def train_stage(options: TrainOptions) -> TrainResult:
     _warn_about_sizes(reader, sum(p.numel() for p in model.parameters()))
     set_seed(options.seed)
     if options.lora:
-        model = add_lora(model, options.lora, options.student)
+        model = add_lora(model, options.lora, options.student, adapter)
     trainer = KDTrainer(
         model,
         arguments,
@@ -153,6 +161,7 @@ def train_stage(options: TrainOptions) -> TrainResult:
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressLine(trainer))
+    trainer.accelerator.wait_for_everyone()  # all ranks have looked at what the folder held
     if trainer.is_world_process_zero():
         write_provenance(output, "train-student", "train-student", options, str(arguments.device))
     checkpoint = last_checkpoint(output) if options.resume else None
@@ -172,8 +181,8 @@ def train_stage(options: TrainOptions) -> TrainResult:
         "resumed": checkpoint is not None,
         "train_loss": outcome.training_loss,
         "train_seconds": round(seconds, 2),
-        "train_tokens": trainer.num_tokens_seen * arguments.world_size,
-        "tokens_per_second": round(trainer.num_tokens_seen * arguments.world_size / seconds, 1),
+        "train_tokens": trainer.state.num_input_tokens_seen,
+        "tokens_per_second": round(trainer.num_tokens_seen / seconds, 1),
         **evaluation,
         "cache": describe_cache(reader),
         "other_caches": [describe_cache(cache) | ({} if options.mix else {"weight": w}) for cache, w in caches[1:]],
@@ -191,6 +200,7 @@ def train_stage(options: TrainOptions) -> TrainResult:
     if trainer.is_world_process_zero():
         (output / "README.md").write_text(model_card(options, results))
         (output / RESULTS).write_text(json.dumps(results, indent=2) + "\n")
+    trainer.accelerator.wait_for_everyone()  # the first rank wrote what the next stage reads
     return TrainResult(results)
 
 

@@ -188,8 +188,9 @@ def collate(items: list[Item]) -> dict[str, torch.Tensor]:
     Returns:
         ``input_ids``, ``position_ids`` ``[B, T]`` int64, padded on the right; ``labels`` ``[B, T]``, unshifted as
         transformers has them, -100 where nothing is learned; ``target_mask`` ``[B, T]`` bool, where row t has a target;
-        ``from_student`` ``[B]`` bool; ``rollout_logprobs`` and ``advantages`` ``[N]`` where rollouts are told of; and, for the N positions under that mask in row-major order, the compact targets of
-        teacher m, ``kd<m>_*``.
+        ``from_student`` ``[B]`` bool; ``num_tokens`` ``[B]`` int64, of each sequence, 0 where it does not count; ``rollout_logprobs`` and
+        ``advantages`` ``[N]`` where rollouts are told of; and, for the N positions under that mask in row-major order, the compact
+        targets of teacher m, ``kd<m>_*``.
     """
     length = max(len(item.sequence) for item in items)
     shape = (len(items), length)
@@ -208,6 +209,7 @@ def collate(items: list[Item]) -> dict[str, torch.Tensor]:
     from_student = np.array([item.from_student for item in items])
     arrays = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels, "target_mask": mask}
     arrays["from_student"] = from_student
+    arrays["num_tokens"] = np.array([len(item.sequence) * item.counts for item in items], dtype=np.int64)
     if any(item.rollout is not None for item in items):
         known = [item.rollout for item in items if item.rollout is not None]
         arrays["rollout_logprobs"] = np.concatenate([rollout.logprobs for rollout in known])

@@ -47,7 +47,7 @@ class KDTrainer(Trainer):
 
     Args:
         model: The student; also a ``peft.PeftModel``, of which the adapters are trained.
-        args: Any TrainingArguments; ``remove_unused_columns`` is switched off.
+        args: Any TrainingArguments; ``remove_unused_columns`` and ``include_num_input_tokens_seen`` are switched off.
         cache: What to train from; or several teachers' caches over the same sequences, each with a weight: the loss is the
             weighted sum of the losses to each (weights are divided by their sum).
         eval_cache: A cache of held-out text (or several, as above), evaluated every ``eval_steps``.
@@ -67,6 +67,10 @@ class KDTrainer(Trainer):
         chunk_positions: Positions whose logits may exist at a time.
         processing_class: The tokenizer, saved with checkpoints.
         **kwargs: Passed to ``transformers.Trainer``.
+
+    Attributes:
+        num_tokens_seen: Tokens of the sequences of this run's batches, over all ranks: prompts too, neither padding nor sequences that
+            only fill up a step. ``state.num_input_tokens_seen`` has them since the first step, those before a resume too.
 
     Raises:
         ConfigError: An unknown loss, one that the caches' targets cannot give, or a temperature that a cache does not declare
@@ -97,6 +101,7 @@ class KDTrainer(Trainer):
         own, rollouts = _readers(student_cache), _readers(rollout_cache)
         self.recipe.check(self.caches, self.eval_caches, own, rollouts, mixed=bool(mix))
         args.remove_unused_columns = False  # the columns are tensors that the model's own forward does not know
+        args.include_num_input_tokens_seen = "no"  # counted here: transformers would count padding
         args._n_gpu = min(
             args.n_gpu, 1
         )  # several GPUs are for torchrun: DataParallel would cut targets and tokens apart
@@ -184,11 +189,14 @@ class KDTrainer(Trainer):
     ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
         """The micro-batches of an optimiser step, and the number of targets in them over all ranks."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        count = torch.tensor(sum(int(batch["target_mask"].sum()) for batch in batches), device=device)
-        self.num_tokens_seen += sum(batch["input_ids"].numel() for batch in batches)
+        sums = [sum(int(batch[name].sum()) for batch in batches) for name in ("target_mask", "num_tokens")]
+        counts = torch.tensor(sums, device=device)
         if self.args.world_size > 1:
-            count = self.accelerator.reduce(count, reduction="sum")
-        return batches, count
+            counts = self.accelerator.reduce(counts, reduction="sum")
+        num_tokens = int(counts[1])
+        self.num_tokens_seen += num_tokens
+        self.state.num_input_tokens_seen += num_tokens
+        return batches, counts[0]
 
     # --- the loss ---
 
@@ -313,7 +321,7 @@ class ProgressLine(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Show the step."""
         if state.is_world_process_zero:
-            speed = self.trainer.num_tokens_seen * args.world_size / self.progress.seconds
+            speed = self.trainer.num_tokens_seen / self.progress.seconds
             line = f"step {state.global_step}/{state.max_steps}{self.loss}, {speed:,.0f} tokens/s"
             self.progress.update(state.global_step - self.before, line)
 

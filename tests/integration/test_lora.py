@@ -99,6 +99,51 @@ def test_resume_is_exact(tmp_path, caches, tiny_student):
     assert first == second
 
 
+def test_an_adapter_is_trained_on(tmp_path, caches, tiny_student):
+    """Two stages, then a round by itself: one adapter of the first base model, which is what training ended with."""
+    top, hidden = caches
+    results = run(top, tiny_student, tmp_path / "out", eval_cache=hidden, then=[{"max_steps": 4}])
+    first, second = tmp_path / "out" / "stage-1", tmp_path / "out"
+    begun = json.loads((first / "train_results.json").read_text())["eval_forward_kl"]
+    assert results["eval_forward_kl"] < begun
+    run(top, second, tmp_path / "next", eval_cache=hidden, max_steps=4)
+    for folder in (first, second, tmp_path / "next"):
+        assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == tiny_student
+        trained = json.loads((folder / "train_results.json").read_text())
+        metrics = evaluate_model(str(folder), TeacherStates(open_cache(hidden), "cpu"))
+        assert metrics.forward_kl == pytest.approx(trained["eval_forward_kl"], abs=1e-5), (
+            "what was saved is what was trained"
+        )
+    assert len({model_digest(find_model(str(folder))) for folder in (first, second, tmp_path / "next")}) == 3
+
+
+def test_an_adapter_is_taken_up_where_it_was(tmp_path, caches, tiny_student):
+    """Trained on with a rate that moves nothing, it comes out as it went in."""
+    run(caches[0], tiny_student, tmp_path / "out", max_steps=3)
+    run(caches[0], tmp_path / "out", tmp_path / "same", max_steps=1, learning_rate=1e-30)
+    first, second = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "same"))
+    assert first == second
+
+
+def test_an_adapter_has_its_own_fields(tmp_path, caches, tiny_student):
+    run(caches[0], tiny_student, tmp_path / "out", max_steps=2)
+    with pytest.raises(ConfigError, match=r"is an adapter(.|\n)*r: the adapter has 4, --lora gives 8"):
+        run(caches[0], tmp_path / "out", tmp_path / "other", max_steps=2, lora=LORA | {"r": 8})
+    run(caches[0], tmp_path / "out", tmp_path / "whole", max_steps=2, lora={})
+    assert list((tmp_path / "whole").glob("model*.safetensors")), "merged, and all of it trained"
+
+
+def test_a_chain_of_adapters_is_refused(tmp_path, caches, tiny_student):
+    """It would be read as its last adapter on the first base model."""
+    for name in ("first", "second"):
+        run(caches[0], tiny_student, tmp_path / name, max_steps=2)
+    file = tmp_path / "second" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"base_model_name_or_path": str(tmp_path / "first")}))
+    with pytest.raises(ModelError, match="first is an adapter too"):
+        find_model(str(tmp_path / "second"))
+
+
 @pytest.mark.parametrize(
     ("lora", "message"),
     [({"rank": 4}, "no such field"), ({"r": 0}, "r=0"), ({"r": 4, "target_modules": ["nothing"]}, "nothing")],

@@ -4,12 +4,16 @@ import json
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 
 from kdcache.cache.reader import open_cache
 from kdcache.cli import main
 from kdcache.train.mix import kind_of_text
+from kdcache.train.objective import BucketTargets
+from kdcache.train.recipe import Recipe
+from kdcache.train.stream import CacheDataset, TargetDecoder, collate
 from tests.object_stores import FaultyMemory, faulty_memory
 
 PROMPTS = ["the cat", "a dog runs", "once upon", "the sea is", "in the house", "seven birds", "a long way", "he said"]
@@ -178,6 +182,104 @@ def test_a_cache_can_be_named_by_its_path(folder, tiny_student, tmp_path):
         f"{folder}/answers": 1,
         "student": 1,
     }
+
+
+DRAWN = ["--targets", "sampled", "--num-draws"]
+DUMPS = {
+    "k16": ["--top-k", 16], "k64": ["--top-k", 64], "k128": ["--top-k", 128], "high": ["--top-k", 16, "--quality", "high"],
+    "exact": ["--top-k", 16, "--codec", "exact"], "drawn": [*DRAWN, 20], "drawn40": [*DRAWN, 40], "drawn300": [*DRAWN, 300],
+    "known": [*DRAWN, 20, "--entry-logprobs"], "known40": [*DRAWN, 40, "--entry-logprobs"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def dumped(folder, tiny_teacher, corpus_file):
+    """Caches of the same text, each dumped in its own way, made when they are first asked for."""
+
+    def dump(name):
+        output = folder / f"dumped-{name}"
+        if not output.exists():
+            kdcache("dump-teacher", "--teacher", tiny_teacher, "--dataset", corpus_file, "--split", "train[:6]", "--temperatures", 1, "--dtype", "float32",
+                    "--seq-len", 64, "--output", output, *DUMPS[name])  # fmt: skip
+        return output
+
+    return dump
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "says"),
+    [
+        ("k64", "k128", "levels of 0.05424 nats growing by 0.3, and of 0.0645 nats"),
+        ("k16", "high", "levels of 0.018 nats"),
+        ("k16", "exact", "codec exact, and packed"),
+        ("drawn", "known", "entry logprobs yes, and no"),
+        ("drawn", "drawn300", "levels counts in uint16, and counts in uint8"),
+    ],
+)
+def test_texts_that_are_not_decoded_alike_are_refused(folder, dumped, tiny_student, tmp_path, first, second, says):
+    """A batch is decoded with the levels of one cache; the other's would be read as other numbers."""
+    caches = [dumped(first), dumped(second)]
+    mix = ",".join(f"{cache}:1" for cache in caches)
+    given = [part for cache in caches for part in ("--cache", cache)]
+    output = " ".join(train(folder, tiny_student, tmp_path / "s", *given, "--mix", mix, code=1).split())
+    assert "not decoded alike" in output
+    assert says in output
+    assert "kdcache transcode" in output
+
+
+def test_the_students_text_is_decoded_as_the_teachers(folder, dumped, tiny_student, tmp_path):
+    caches = [dumped("k16"), dumped("high")]
+    output = train(folder, tiny_student, tmp_path / "s", "--cache", caches[0], "--loss", "contrastive", "--student-cache", caches[1], code=1)  # fmt: skip
+    assert "not decoded alike" in output
+
+
+def test_what_the_error_advises_makes_them_alike(dumped, tiny_student, tmp_path, folder):
+    cut = tmp_path / "cut"
+    kdcache("transcode", "--cache", dumped("k128"), "--output", cut, "--top-k", 64, "--quality", "standard")
+    train(folder, tiny_student, tmp_path / "s", "--cache", dumped("k64"), "--cache", cut, "--mix", f"{dumped('k64')}:1,{cut}:1", "--max-steps", 1)  # fmt: skip
+
+
+@pytest.mark.parametrize(("first", "second"), [("k16", "k64"), ("drawn", "drawn40"), ("known", "known40")])
+def test_texts_that_are_taken_are_decoded_each_as_it_was_stored(folder, dumped, tiny_student, tmp_path, first, second):
+    readers = [open_cache(dumped(name)) for name in (first, second)]
+    Recipe.of(1.0, 1.0, "forward_kl", None).check([(reader, 0.5) for reader in readers], [], mixed=True)
+    data = CacheDataset(readers[0], more=(readers[1],))
+    places = [(0, 0), (1, 0), (1, 3), (0, 2)]
+    batch = collate([data[number * len(readers[0]) + row] for number, row in places])
+    decoded = TargetDecoder.for_cache(readers[0], 1.0, torch.device("cpu")).decode(batch)
+    stored = BucketTargets.of([readers[number][row].targets for number, row in places], 1.0)
+    for name in ("logprobs", "ratios"):
+        dense = [_dense(getattr(targets, name), targets, readers[0].vocab_size) for targets in (decoded, stored)]
+        torch.testing.assert_close(*dense, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(decoded.tail_logprobs, stored.tail_logprobs, rtol=0, atol=1e-5)
+
+
+def _dense(values, targets, vocab_size):
+    """``[N, V]``, entries in whatever order."""
+    if values is None:
+        return torch.zeros(())
+    values = torch.where(targets.logprobs > -torch.inf, values, 0.0)
+    return torch.zeros(len(targets), vocab_size).scatter_add(1, targets.token_ids, values)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "says"),
+    [
+        (["--sample-temperature", 0.7], "temperature 0.7"),
+        (["--sample-temperature", 0], "temperature 0,"),
+        (["--sample-top-p", 0.9, "--sample-top-k", 5], "top_p 0.9, top_k 5"),
+        (["--repetition-penalty", 1.2], "repetition_penalty 1.2"),
+    ],
+)
+def test_minillm_refuses_rollouts_that_were_not_plainly_sampled(folder, tiny_student, tmp_path, sampling, says):
+    """The stored probabilities are not those with which such text is written."""
+    kdcache("generate", "--teacher", tiny_student, "--dataset", folder / "prompts.jsonl", "--max-new-tokens", 6, "--output", tmp_path / "rollouts",
+            "--top-k", 1, "--temperatures", 1, "--dtype", "float32", "--seq-len", 64, "--codec", "exact", *sampling)  # fmt: skip
+    output = train(folder, tiny_student, tmp_path / "s", "--cache", folder / "real", "--student-cache", folder / "scored", "--loss", "minillm",
+                   "--rollout-cache", folder / "rollouts", "--rollout-cache", tmp_path / "rollouts", code=1)  # fmt: skip
+    output = " ".join(output.split())
+    assert f"was sampled with {says}" in output
+    assert "--sample-temperature 1 --sample-top-p 1 --sample-top-k 0 --repetition-penalty 1" in output
 
 
 @pytest.mark.parametrize(

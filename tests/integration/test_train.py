@@ -219,25 +219,50 @@ def test_normalisation_under_accumulation(
 
 def test_normalisation_over_ranks(tmp_path, top_cache, tiny_student):
     """Two ranks under torchrun follow one process with the same global batch."""
-    run(top_cache, tiny_student, tmp_path / "one", per_device_train_batch_size=8)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    one = run(top_cache, tiny_student, tmp_path / "one", per_device_train_batch_size=8)
     config = tmp_path / "run.yaml"
     config.write_text(
         f"train-student: {{cache: {top_cache}, student: {tiny_student}, output: {tmp_path / 'two'}, learning_rate: 0.003, "
         "lr_scheduler_type: constant, per_device_train_batch_size: 4, max_steps: 6, logging_steps: 1, "
         "training: {optim: adamw_torch, dataloader_pin_memory: false}}"
     )
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
-        "--master_port", str(port), "-m", "kdcache", "train-student", "--config", str(config),
-    ]  # fmt: skip
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = on_two_ranks("-m", "kdcache", "train-student", "--config", str(config))
     assert done.stdout.count("6 steps") == 1, "the first rank speaks for all"
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=0, atol=2e-5)
+    two = json.loads((tmp_path / "two" / "train_results.json").read_text())
+    assert two["train_tokens"] == one.results["train_tokens"]
+
+
+def test_ranks_wait_for_the_student_of_the_stage_before(tmp_path, top_cache, tiny_student):
+    """The first rank writes slowly; the other finds a whole student all the same."""
+    script = tmp_path / "slow.py"
+    script.write_text(
+        "import time\nfrom kdcache.train import trainer\nfrom kdcache.train.options import TrainOptions\nfrom kdcache.train.run import train\n"
+        "save = trainer.KDTrainer.save_model\n"
+        "def slowly(self, *args, **kwargs):\n    time.sleep(3 * self.is_world_process_zero())\n    save(self, *args, **kwargs)\n"
+        "trainer.KDTrainer.save_model = slowly\n"
+        f"train(TrainOptions(cache={top_cache!r}, student={tiny_student!r}, output={str(tmp_path / 'out')!r}, max_steps=1, "
+        "then=[{'alpha': 0.0}], training={'dataloader_pin_memory': False}))\n"
+    )
+    on_two_ranks(str(script))
+    assert (tmp_path / "out" / "train_results.json").is_file()
+
+
+def on_two_ranks(*command):
+    """Run it under torchrun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
+        "--master_port", str(port),
+    ]  # fmt: skip
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, *command], capture_output=True, text=True, env=environment, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
 
 
 def test_packed_loss_equals_the_sum_of_unpacked_losses(tmp_path, tiny_teacher, tiny_student, corpus_file):
@@ -263,7 +288,7 @@ def test_packed_loss_equals_the_sum_of_unpacked_losses(tmp_path, tiny_teacher, t
 def test_resume_is_exact(tmp_path, top_cache, tiny_student):
     """Stopped after 5 of 9 steps and taken up again: the same losses, the same weights, bit for bit."""
     settings = {"max_steps": 9, "save_steps": 3, "lr_scheduler_type": "cosine", "warmup_steps": 2}
-    run(top_cache, tiny_student, tmp_path / "whole", **settings)
+    whole = run(top_cache, tiny_student, tmp_path / "whole", **settings)
     run(top_cache, tiny_student, tmp_path / "cut", **settings)
     cut = tmp_path / "cut"
     for name in ("train_results.json", "model.safetensors"):
@@ -273,9 +298,27 @@ def test_resume_is_exact(tmp_path, top_cache, tiny_student):
     assert last_checkpoint(cut) == str(cut / "checkpoint-3")
     again = run(top_cache, tiny_student, cut, **settings)
     assert again.results["resumed"]
+    assert again.results["train_tokens"] == whole.results["train_tokens"], "those before the resume too"
     assert losses(cut) == losses(tmp_path / "whole")
     for name, value in weights(tmp_path / "whole").items():
         assert torch.equal(weights(cut)[name], value), name
+
+
+def test_tokens_are_those_of_the_sequences(tmp_path, tiny_teacher, tiny_student, corpus_file):
+    """Two epochs of sequences of uneven lengths: neither padding nor what fills up the last step counts."""
+    cache = make_cache(tmp_path / "cache", tiny_teacher, corpus_file, packing=False, seq_len=200, top_k=16)
+    reader = open_cache(cache)
+    assert len(reader) % 8, "the last step is filled up"
+    settings = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_steps": -1,
+        "num_train_epochs": 2,
+    }
+    results = run(cache, tiny_student, tmp_path / "out", **settings).results
+    assert results["train_tokens"] == 2 * reader.manifest.stats.num_positions
+    told = results["train_tokens"] / results["train_seconds"]
+    assert results["tokens_per_second"] == pytest.approx(told, rel=0.02)
 
 
 def test_a_second_run_says_done_and_other_settings_are_refused(tmp_path, top_cache, tiny_student):
