@@ -135,7 +135,9 @@ def _build(config: Any, asked: str) -> PreTrainedModel:
 def _cut_width(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: InitOptions, asked: dict[str, int]
 ) -> PreTrainedModel:
-    config, state = cut_width(model, _calibration_ids(tokenizer, options), smaller(widths_of(model.config), asked))
+    config, state = cut_width(
+        model, _calibration_ids(model, tokenizer, options), smaller(widths_of(model.config), asked)
+    )
     narrow = _build(config, " ".join(f"--{name.replace('_', '-')} {size}" for name, size in asked.items()))
     narrow.to(model.dtype).load_state_dict(state)
     narrow.generation_config = model.generation_config
@@ -246,7 +248,7 @@ def _angular_distances(
     """``arccos(cos(x_l, x_{l+n})) / pi`` of the residual stream, mean over tokens, for each start l that spares the last layer."""
     import torch
 
-    input_ids = _calibration_ids(tokenizer, options)
+    input_ids = _calibration_ids(model, tokenizer, options)
     with torch.inference_mode():
         states = trunk_of(model)(input_ids=input_ids, use_cache=False, output_hidden_states=True).hidden_states
     num_layers = len(states) - 1
@@ -258,19 +260,24 @@ def _angular_distances(
     return distances
 
 
-def _calibration_ids(tokenizer: PreTrainedTokenizerBase, options: InitOptions) -> torch.Tensor:
+def _calibration_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: InitOptions) -> torch.Tensor:
+    """``[B, L]`` token ids of the calibration text, no longer than the teacher's context."""
     import torch
 
     rows = load_rows(options.calibration, "train")
     if "text" not in rows.column_names:
         raise ConfigError(f"--calibration {options.calibration}: a text column was expected, found {rows.column_names}")
-    length = 512
+    length, context = 512, getattr(model.config.get_text_config(), "max_position_embeddings", None) or 512
     ids: list[int] = []
     for row in rows:
         ids.extend(tokenizer(row["text"])["input_ids"])
         if len(ids) >= options.calibration_tokens:
             break
-    length = min(length, len(ids))
+    if not ids:
+        raise ConfigError(
+            f"--calibration {options.calibration}: some text was expected, found none in {len(rows)} rows"
+        )
+    length = min(length, len(ids), context)
     count = max(1, min(len(ids), options.calibration_tokens) // length)
     return torch.tensor(ids[: count * length]).view(count, length)
 

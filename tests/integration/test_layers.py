@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
-from kdcache.errors import ModelError
+from kdcache.errors import ConfigError, ModelError
 from kdcache.train.options import InitOptions
 from kdcache.train.student import init_student
 from tests.conftest import VOCAB_SIZE, make_tokenizer
@@ -117,3 +117,19 @@ def test_random_weights_in_fewer_layers(tmp_path):
     assert config["layer_types"] == ["full_attention", "sliding_attention", "full_attention"]
     cut(teacher, tmp_path / "own", shape={"num_hidden_layers": 2, "no_rope_layers": [0, 0]})
     assert load(tmp_path / "own").config.no_rope_layers == [0, 0]
+
+
+def test_a_teacher_with_a_short_context(tmp_path):
+    """Learned positions end where its context does; the calibration text goes on in the next row."""
+    make(tmp_path / "teacher", "opt", max_position_embeddings=64, ffn_dim=48, word_embed_proj_dim=32)
+    options = {"from": str(tmp_path / "teacher"), "layers": 4, "output": str(tmp_path / "student")}
+    init_student(InitOptions.model_validate(options))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "student").config.num_hidden_layers == 4
+
+
+def test_a_calibration_text_that_is_empty(tmp_path):
+    make(tmp_path / "teacher", "gemma2", **LISTS["gemma2"])
+    (tmp_path / "none.jsonl").write_text(json.dumps({"text": ""}) + "\n")
+    options = {"from": str(tmp_path / "teacher"), "layers": 4, "output": str(tmp_path / "student")}
+    with pytest.raises(ConfigError, match="some text was expected, found none in 1 rows"):
+        init_student(InitOptions.model_validate(options | {"calibration": str(tmp_path / "none.jsonl")}))
