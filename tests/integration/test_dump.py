@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kdcache.cache.commit import committed_shards
+from kdcache.cache.quality import QUALITIES
 from kdcache.cache.reader import open_cache
 from kdcache.cache.store import LocalStore
 from kdcache.dump.launch import dump
@@ -52,6 +54,19 @@ def reference(tmp_path_factory, tiny_teacher, corpus_file):
     folder = tmp_path_factory.mktemp("reference") / "cache"
     dump(options(tiny_teacher, corpus_file, folder))
     return folder
+
+
+@pytest.mark.parametrize(("declared", "warned"), [(1e-9, True), (1e-3, False)])
+def test_more_error_than_declared_is_said(tmp_path, tiny_teacher, corpus_file, monkeypatch, caplog, declared, warned):
+    """Measured on what is stored, a shard and the whole cache; both name the way out."""
+    monkeypatch.setitem(QUALITIES, "standard", replace(QUALITIES["standard"], max_kl=declared))
+    found = dump(options(tiny_teacher, corpus_file, tmp_path / "c")).manifest.stats
+    assert found.num_kl_targets > 0
+    assert 1e-9 < found.sum_codec_kl / found.num_kl_targets < 1e-3
+    said = [record.getMessage() for record in caplog.records if "the codec declares" in record.getMessage()]
+    assert bool(said) == warned
+    for where in ("shard 00000:", f"{tmp_path / 'c'}:") if warned else ():
+        assert any(line.startswith(where) and "--quality high" in line for line in said)
 
 
 # --- what is stored is what the model says ----------------------------------------------------------------------------
