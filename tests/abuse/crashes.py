@@ -128,8 +128,10 @@ def start(options: dict[str, Any], rank: int, world_size: int, before: Callable[
 
 
 def said_by(options: dict[str, Any], rank: int) -> Path:
-    """What a worker writes to standard error, beside the cache."""
-    return Path(f"{options['output']}.{rank}.stderr")
+    """What a worker writes to standard error: beside the cache, or below KDCACHE_SAID."""
+    _, is_url, below = options["output"].partition("://")
+    beside = f"{os.environ['KDCACHE_SAID']}/{below}" if is_url else options["output"]
+    return Path(f"{beside}.{rank}.stderr")
 
 
 def run_to_the_end(options: dict[str, Any], world_size: int = 1) -> None:
