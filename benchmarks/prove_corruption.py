@@ -1,7 +1,7 @@
 """S2: one bit flipped anywhere, files cut short, swapped, missing and doubled: what notices, here and in other formats?
 
-Ours: the golden caches, of every codec and kind of scheme, each flip once before ``verify`` (digests only) and once before a
-reader that reads everything. Others: the same number of flips in files of the same targets, read whole. Each reading is a
+Ours: the golden caches, of every codec and kind of scheme, each flip once before ``verify`` (digests only), which must name the
+file, and once before a reader that reads everything. Others: the same number of flips in files of the same targets, read whole. Each reading is a
 process of its own with bounded memory, since a flipped bit can crash a reader: it ends with an error, with other values than
 were written (silently wrong), with the same values, or is killed.
 
@@ -35,9 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import results_file
 from benchmarks.peers import arrow_zstd, parquet, safetensors_zstd
 from kdcache.cache.reader import open_cache
-from kdcache.cache.store import LocalStore
-from kdcache.cache.verify import verify_cache
-from kdcache.errors import CacheError
+from tests.abuse.corruption import are_named, audited
 from tests.golden.make import GOLDEN
 from tests.strategies import targets_from_logits, zipf_logits
 
@@ -84,52 +82,68 @@ def contents(folder: Path) -> list[bytes]:
     return out
 
 
-def is_refused(folder: Path) -> bool:
-    try:
-        return not verify_cache(LocalStore(folder), deep=False).intact
-    except CacheError:
-        return True
-
-
 def kind_of(name: str) -> str:
     return name.split("/")[0].removesuffix(".json")
 
 
-def our_flips(folder: Path, flips: int, rng: np.random.Generator, verified: Counter, read: Counter) -> None:
+def our_flips(
+    folder: Path, flips: int, rng: np.random.Generator, verified: Counter, named: Counter, read: Counter
+) -> None:
     """Flips spread over all files alike, so that small files are hit as often as large ones."""
     before, paths = contents(folder), sorted(path for path in folder.rglob("*") if path.is_file())
     for number in range(flips):
         path = paths[number % len(paths)]
         kind, whole = kind_of(str(path.relative_to(folder))), path.read_bytes()
         path.write_bytes(flip(whole, rng))
-        verified[kind, is_refused(folder)] += 1
+        audit = audited(folder, deep=False)
+        verified[kind, not audit.intact] += 1
+        named[kind, are_named(audit, path)] += 1
         read[kind, outcome(lambda: contents(folder) == before)] += 1
         path.write_bytes(whole)
-    assert not is_refused(folder)
+    assert audited(folder).intact
 
 
 def our_files(folder: Path) -> Counter:
-    """Files cut short, swapped with another of their kind, missing, and doubled in another's place."""
+    """Files cut short, swapped with another of their kind, missing, doubled in another's place, and commits under a second name."""
     found: Counter = Counter()
+
+    def note(what: str, *damaged: Path) -> None:
+        audit = audited(folder, deep=False)
+        # A commit that is gone is a shard to be made, and said to be.
+        missing = [int(path.stem) for path in damaged if path.parent.name == "commits" and not path.exists()]
+        by_name = audit.missing == missing if missing else are_named(audit, *damaged)
+        found[what, "noticed", not audit.intact or bool(missing and by_name)] += 1
+        found[what, "named", by_name] += 1
+
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in paths:
         whole = path.read_bytes()
         for length in sorted({0, 1, len(whole) // 2, len(whole) - 1}):
             path.write_bytes(whole[:length])
-            found["cut short", is_refused(folder)] += 1
+            note("cut short", path)
         path.unlink()
-        if path.name != "manifest.json":  # derived, and not missed: a cache without it is one that goes on
-            found["missing", is_refused(folder) or bool(verify_cache(LocalStore(folder)).missing)] += 1
+        if path.name == "manifest.json":
+            assert audited(folder).intact, "it follows from the commits: a cache without it is one that was not sealed"
+        else:
+            note("missing", path)
         path.write_bytes(whole)
         for other in (one for one in paths if one.parent == path.parent and one != path):
             theirs = other.read_bytes()
             path.write_bytes(theirs)
-            found["doubled", is_refused(folder)] += 1
+            note("doubled", path)
             other.write_bytes(whole)
-            found["swapped", is_refused(folder)] += 1
+            # Without a plan nothing can be said of the manifest.
+            note("swapped", *(one for one in (path, other) if one.name != "manifest.json"))
             path.write_bytes(whole)
             other.write_bytes(theirs)
-    assert not is_refused(folder)
+        if path.parent.name == "commits":
+            for second in (f"0{path.name}", f"{int(path.stem) + 10_000:05d}.json"):
+                (path.parent / second).write_bytes(whole)
+                audit = audited(folder, deep=False)
+                found["a second name for a commit", "noticed", not audit.intact] += 1
+                found["a second name for a commit", "named", any(second in line for line in audit.problems)] += 1
+                (path.parent / second).unlink()
+    assert audited(folder).intact
     return found
 
 
@@ -248,6 +262,7 @@ def main() -> None:
     pa.set_io_thread_count(1)
     rng = np.random.default_rng(0)
     verified: Counter = Counter()
+    named: Counter = Counter()
     read: Counter = Counter()
     files: Counter = Counter()
     caches = sorted(GOLDEN.iterdir())
@@ -255,21 +270,29 @@ def main() -> None:
         for golden in caches:
             folder = Path(temporary) / golden.name
             shutil.copytree(golden, folder)
-            our_flips(folder, -(-args.flips // len(caches)), rng, verified, read)
+            our_flips(folder, -(-args.flips // len(caches)), rng, verified, named, read)
             files += our_files(folder)
     lines = [
-        "| kdcache, flips in | flips | noticed by `verify` | reading: error | same values | silently wrong | killed |",
-        "|---|---|---|---|---|---|---|",
+        "| kdcache, flips in | flips | noticed by `verify` | file named | reading: error | same values | silently wrong | killed |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for kind in sorted({kind for kind, _ in verified}):
         number = verified[kind, True] + verified[kind, False]
         ends = [read[kind, end] for end in (ERROR, SAME, WRONG, KILLED)]
-        lines.append(f"| {kind} | {number:,} | {verified[kind, True] / number:.1%} | {' | '.join(map(str, ends))} |")
-    lines += ["", "| kdcache, whole files | cases | noticed |", "|---|---|---|"]
-    for what in ("cut short", "missing", "swapped", "doubled"):
-        number = files[what, True] + files[what, False]
-        lines.append(f"| {what} | {number} | {files[what, True] / number:.1%} |")
+        lines.append(
+            f"| {kind} | {number:,} | {verified[kind, True] / number:.1%} | {named[kind, True] / number:.1%} | "
+            f"{' | '.join(map(str, ends))} |"
+        )
+    lines += ["", "| kdcache, whole files | cases | noticed | files named |", "|---|---|---|---|"]
+    for what in ("cut short", "missing", "swapped", "doubled", "a second name for a commit"):
+        number = files[what, "noticed", True] + files[what, "noticed", False]
+        noticed, by_name = files[what, "noticed", True] / number, files[what, "named", True] / number
+        lines.append(f"| {what} | {number} | {noticed:.1%} | {by_name:.1%} |")
     lines += [
+        "",
+        "Named: `verify` names the file (of a shard its number, of a table its digest) and calls no other shard damaged. Which sequence of a",
+        "shard it is, a digest of the whole shard cannot say. Missing files do not count `manifest.json`: it follows from the commits, and",
+        "a cache without it is one that was not sealed.",
         "",
         "| others, flips | flips | reading: error | same values | silently wrong | killed |",
         "|---|---|---|---|---|---|",
@@ -286,8 +309,9 @@ def main() -> None:
     mds.cleanup()
     results_file.write_text("prove_corruption", "S2: flipped bits and lost files", "\n".join(lines) + "\n")
     assert not any(count for (_, noticed), count in verified.items() if not noticed)
+    assert not any(count for (_, by_name), count in named.items() if not by_name)
     assert not any(count for (_, end), count in read.items() if end in (WRONG, KILLED))
-    assert not any(count for (_, noticed), count in files.items() if not noticed)
+    assert not any(count for (_, _, well), count in files.items() if not well)
 
 
 if __name__ == "__main__":

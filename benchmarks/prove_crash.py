@@ -1,6 +1,8 @@
-"""S1: SIGKILL at every storage call, then at random moments; resumed with 1, 2 and 3 workers; the finished cache is compared.
+"""S1: SIGKILL at every change of the cache's folder, then at random moments; resumed with 1, 2 and 3 workers; the finished cache is compared.
 
-python benchmarks/prove_crash.py [--kills 500] [--stride 1]
+Of dumps without and with id tables and of hidden states, and of caches that are transcoded and copied.
+
+    python benchmarks/prove_crash.py [--kills 500] [--stride 1]
 """
 
 from __future__ import annotations
@@ -13,14 +15,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import results_file
-from tests.abuse.crashes import assert_same, campaign, contents, every_commit_point, prepare, small_dump
+from tests.abuse.crashes import assert_same, campaign, contents, every_commit_point, kinds, prepare, small_dump
 
 
-def through_the_command_line(options: dict, root: Path, *, num_kills: int) -> int:
+def through_the_command_line(options: dict[str, Any], root: Path, *, num_kills: int) -> int:
     """The command itself with ``--workers 2``, its whole process group killed, then run again to the end."""
     flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     command = [sys.executable, "-m", "kdcache", "-q", "dump-teacher", *flags]
@@ -46,33 +49,40 @@ def through_the_command_line(options: dict, root: Path, *, num_kills: int) -> in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=500)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=500, help="at random moments, of all kinds together")
     parser.add_argument("--stride", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    lines = [
+        "| | SIGKILLs at random moments | runs of 1 to 3 workers | kill points | before there was a plan | halfway through a write "
+        "| caches finished and compared | differ in a byte |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         options = small_dump(root, 40)
         kills_cli = through_the_command_line(options, root / "cli", num_kills=3)
         prepare()
-        at_random = campaign(
-            options, root / "random", num_kills=args.kills, seed=args.seed,
-            on_kill=lambda kills, caches: print(f"\r{kills} kills, {caches} caches", end="", file=sys.stderr),
-        )  # fmt: skip
-        points = every_commit_point({**options, "split": "train[:12]"}, root / "points", stride=args.stride)
-    results_file.write(
-        "prove_crash",
-        "S1: killed at any moment, a dump ends in the same bytes",
-        [
-            ("SIGKILLs at random moments", at_random["kills"]),
-            ("runs of 1 to 3 workers", at_random["runs"]),
-            ("caches finished and compared", at_random["finished_caches"] + points["kill_points"] + kills_cli),
-            ("kill points (before and after each storage call)", points["kill_points"]),
-            ("whole process groups of `dump-teacher --workers 2` killed", kills_cli),
-            ("caches that differ from the uninterrupted one in any byte", 0),
-            ("files lost, doubled, torn or left over", 0),
-        ],
+        large, small = kinds(options, root), kinds({**options, "split": "train[:12]"}, root / "small")
+        for number, kind in enumerate(large):
+            print(kind, file=sys.stderr)
+            at_random = campaign(
+                large[kind], root / f"random-{number}", num_kills=-(-args.kills // len(large)), seed=args.seed + number,
+                on_kill=lambda kills, caches: print(f"\r{kills} kills, {caches} caches", end="", file=sys.stderr),
+            )  # fmt: skip
+            points = every_commit_point(small[kind], root / f"points-{number}", stride=args.stride)
+            lines.append(
+                f"| {kind} | {at_random['kills']} | {at_random['runs']} | {points['kill_points']} | {points['before_the_plan']} | "
+                f"{points['half_written']} | {at_random['finished_caches'] + points['kill_points']} | 0 |"
+            )
+    notes = (
+        "Kill points: before and after each call that changes the folder, and halfway through each write. A cache that differs from the\n"
+        "uninterrupted one in a byte, and a file lost, doubled, torn or left over, ends the campaign. Besides, the process groups of\n"
+        f"{kills_cli} `dump-teacher --workers 2` were killed.\n"
+    )
+    results_file.write_text(
+        "prove_crash", "S1: killed at any moment, a dump ends in the same bytes", notes + "\n" + "\n".join(lines) + "\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""S6: a writer is stopped past its lease at every storage call and goes on when another has finished; writers without leases.
+"""S6: a writer is stopped past its lease at every change of the folder and goes on when another has finished; writers without leases.
 
 python benchmarks/prove_writers.py [--stride 1] [--rounds 20]
 """
@@ -28,7 +28,10 @@ def main() -> None:
         stopped = stopped_writers(options, root / "stopped", stride=args.stride)
         blind = blind_writers(options, root / "blind", rounds=args.rounds, writers=3)
     rows = [
-        ("writers stopped past their lease, before and after every storage call, then let go on", stopped["stops"]),
+        (
+            "writers stopped past their lease, before, halfway through and after every change of the folder, then let go on",
+            stopped["stops"],
+        ),
         ("caches finished meanwhile by another writer, then unchanged, byte for byte", stopped["stops"]),
         ("caches made by three writers at once that no lease keeps apart, byte for byte", blind["rounds"]),
         ("writers that ended otherwise than well", 0),

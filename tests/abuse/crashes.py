@@ -1,13 +1,16 @@
 """A machine for killing dumps: forks workers, kills them, resumes, and compares the finished cache byte for byte.
 
-Workers are forked from a process that has imported torch but never computed with it, so that a kill costs a second instead
+Workers are forked from a process that has imported torch but never computed with it, so that a kill costs half a second instead
 of five. Several workers are started as torchrun would start them, each with its rank.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +22,14 @@ from typing import Any
 
 import numpy as np
 
-IMPORTS = ("torch", "transformers", "datasets", "kdcache.dump.launch", "kdcache.dump.worker",
-           "kdcache.dump.engines.transformers")  # fmt: skip
+from kdcache.errors import KDCacheError
+from tests.abuse.calls import Call, watch
+
+IMPORTS = ("torch", "transformers", "datasets", "kdcache.dump.launch", "kdcache.dump.worker", "kdcache.dump.engines.transformers",
+           "kdcache.dump.engines.generate", "kdcache.dump.generate", "kdcache.cache.transcode",
+           "transformers.models.llama.modeling_llama")  # fmt: skip
+# Exit code of a worker that ended with one of our errors.
+SAID_WHY = 3
 
 
 def prepare() -> None:
@@ -32,6 +41,10 @@ def prepare() -> None:
     import torch
 
     torch.set_num_threads(1)
+    with contextlib.suppress(ImportError):
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        get_checkpoint_conversion_mapping("llama")  # compiles a thousand patterns, once
 
 
 def small_dump(root: Path, num_texts: int) -> dict[str, Any]:
@@ -59,8 +72,30 @@ def small_dump(root: Path, num_texts: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def kinds(options: dict[str, Any], root: Path) -> dict[str, dict[str, Any]]:
+    """Options of all that writes a cache otherwise, by kind: what stands before the plan, beside it or in the shards differs.
+
+    What is transcoded and copied is made below ``root``, in processes of its own.
+    """
+    tables, hidden = {**options, "id_tables": "global"}, {**options, "targets": "hidden"}
+    run_to_the_end({**tables, "output": str(root / "tables")})
+    run_to_the_end({**hidden, "output": str(root / "hidden")})
+    return {
+        "top_k": options,
+        "id tables": tables,
+        "hidden": hidden,
+        "transcoded": {"cache": str(root / "tables"), "top_k": 4},
+        "copied": {"cache": str(root / "hidden")},
+    }
+
+
 def dump_here(options: dict[str, Any]) -> None:
-    """A dump in this process."""
+    """A dump in this process; where a cache is named, a transcode of it."""
+    if "cache" in options:
+        from kdcache.cache.transcode import TranscodeOptions, transcode
+
+        transcode(TranscodeOptions(**options))
+        return
     from kdcache.dump.launch import dump
     from kdcache.dump.options import DumpOptions
 
@@ -68,7 +103,7 @@ def dump_here(options: dict[str, Any]) -> None:
 
 
 def start(options: dict[str, Any], rank: int, world_size: int, before: Callable[[], None] = lambda: None) -> int:
-    """Fork a worker; its process id. It exits with 0 when the dump ended well."""
+    """Fork a worker; its process id. It exits with 0 when the dump ended well, with SAID_WHY when it ended with an error of ours."""
     child = os.fork()
     if child:
         return child
@@ -83,6 +118,9 @@ def start(options: dict[str, Any], rank: int, world_size: int, before: Callable[
         before()
         dump_here(options)
         code = 0
+    except KDCacheError as error:
+        code = SAID_WHY
+        print(error, file=sys.stderr, flush=True)
     except BaseException:  # noqa: BLE001
         traceback.print_exc()
     finally:
@@ -90,8 +128,10 @@ def start(options: dict[str, Any], rank: int, world_size: int, before: Callable[
 
 
 def said_by(options: dict[str, Any], rank: int) -> Path:
-    """What a worker writes to standard error, beside the cache."""
-    return Path(f"{options['output']}.{rank}.stderr")
+    """What a worker writes to standard error: beside the cache, or below KDCACHE_SAID."""
+    _, is_url, below = options["output"].partition("://")
+    beside = f"{os.environ['KDCACHE_SAID']}/{below}" if is_url else options["output"]
+    return Path(f"{beside}.{rank}.stderr")
 
 
 def run_to_the_end(options: dict[str, Any], world_size: int = 1) -> None:
@@ -121,34 +161,30 @@ def run_and_kill(options: dict[str, Any], world_size: int, after_seconds: float,
     return killed
 
 
-STORAGE_CALLS = ("link", "fsync", "replace", "unlink", "rmdir")
+def at_call(folder: Path, number: int, act: Callable[[], None], when: str) -> None:
+    """In this process: do something at the n-th call that changes a folder: before it, after it, or halfway through it.
+
+    Halfway, only calls are counted that write bytes.
+    """
+    numbers = itertools.count(1)
+
+    def seen(call: Call) -> Any:
+        counts = call.changes and (when != "half" or call.half is not None)
+        if not counts or next(numbers) != number:
+            return call.go()
+        if when == "before":
+            act()
+        result = call.half() if when == "half" and call.half else call.go()
+        if when != "before":
+            act()
+        return result
+
+    watch([folder], seen)
 
 
-def at_call(number: int, act: Callable[[], None], when: str = "before") -> None:
-    """In this process: do something at the n-th call that publishes, syncs or removes a file, before or after it takes effect."""
-    count = 0
-
-    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal count
-            count += 1
-            mine = count == number
-            if mine and when == "before":
-                act()
-            result = function(*args, **kwargs)
-            if mine and when == "after":
-                act()
-            return result
-
-        return call
-
-    for name in STORAGE_CALLS:
-        setattr(os, name, wrap(getattr(os, name)))
-
-
-def kill_at_call(number: int, when: str) -> Callable[[], None]:
-    """For a child: die at the n-th storage call."""
-    return lambda: at_call(number, lambda: os.kill(os.getpid(), signal.SIGKILL), when)
+def kill_at_call(options: dict[str, Any], number: int, when: str) -> Callable[[], None]:
+    """For a child: die at the n-th change of the cache's folder."""
+    return lambda: at_call(Path(options["output"]), number, lambda: os.kill(os.getpid(), signal.SIGKILL), when)
 
 
 def short_leases() -> None:
@@ -158,8 +194,8 @@ def short_leases() -> None:
     lease.LEASE_SECONDS = 1.0
 
 
-def stop_at_call(number: int, when: str) -> Callable[[], None]:
-    """For a child: stop (SIGSTOP) at the n-th storage call, until another process says go on."""
+def stop_at_call(options: dict[str, Any], number: int, when: str) -> Callable[[], None]:
+    """For a child: stop (SIGSTOP) at the n-th change of the cache's folder, until another process says go on."""
 
     def stop() -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -167,7 +203,7 @@ def stop_at_call(number: int, when: str) -> Callable[[], None]:
 
     def install() -> None:
         short_leases()
-        at_call(number, stop, when)
+        at_call(Path(options["output"]), number, stop, when)
 
     return install
 
@@ -178,7 +214,7 @@ def wait(child: int) -> int:
 
 
 def stopped_writers(options: dict[str, Any], root: Path, *, first: int = 1, stride: int = 1) -> dict[str, int]:
-    """A writer stops at the n-th storage call, past its lease; another finishes the cache; the first goes on and ends well.
+    """A writer stops at the n-th change, past its lease; another finishes the cache; the first goes on and ends well.
 
     Returns:
         How often, and how often the other had nothing left to do.
@@ -186,16 +222,17 @@ def stopped_writers(options: dict[str, Any], root: Path, *, first: int = 1, stri
     run_to_the_end({**options, "output": str(root / "reference")})
     reference = contents(root / "reference")
     stops = 0
-    for when in ("before", "after"):
+    for when in ("before", "half", "after"):
         for number in range(first, 10**6, stride):
             cache = root / f"{when}-{number}"
-            sleeper = start({**options, "output": str(cache)}, 0, 2, stop_at_call(number, when))
+            here = {**options, "output": str(cache)}
+            sleeper = start(here, 0, 2, stop_at_call(here, number, when))
             _, status = os.waitpid(sleeper, os.WUNTRACED)
             if not os.WIFSTOPPED(status):
                 assert os.waitstatus_to_exitcode(status) == 0
                 break
             time.sleep(1.2)
-            other = start({**options, "output": str(cache)}, 1, 2, short_leases)
+            other = start(here, 1, 2, short_leases)
             assert wait(other) == 0, f"the other one, with one stopped {when} call {number}"
             assert (cache / "manifest.json").exists(), "the other one finished the cache alone"
             os.kill(sleeper, signal.SIGCONT)
@@ -273,7 +310,7 @@ def campaign(
             workers = int(rng.integers(1, 4))
             victims = workers if rng.random() < 0.7 else int(rng.integers(1, workers + 1))
             kills += run_and_kill(
-                {**options, "output": str(cache)}, workers, float(rng.uniform(0.1, duration)), victims
+                {**options, "output": str(cache)}, workers, float(rng.uniform(0.1 * duration, duration)), victims
             )
             runs += 1
             on_kill(kills, caches)
@@ -283,27 +320,30 @@ def campaign(
     return {"kills": kills, "finished_caches": caches, "runs": runs, "workers_at_most": 3}
 
 
-def every_commit_point(options: dict[str, Any], root: Path, *, stride: int = 1) -> dict[str, int]:
-    """Die at the n-th storage call for every n, before and after it, then resume with another number of workers.
+def every_commit_point(
+    options: dict[str, Any], root: Path, *, first: int = 1, last: int = 10**6, stride: int = 1
+) -> dict[str, int]:
+    """Die at the n-th change of the folder for every n, before, after and halfway through it, then resume with another number of workers.
 
     Returns:
-        Number of kill points.
+        Number of kill points, and how many of them left a cache without a plan, or a file half written.
     """
     run_to_the_end({**options, "output": str(root / "reference")})
     reference = contents(root / "reference")
-    points = 0
-    for when in ("before", "after"):
-        number = 1
-        while True:
+    found = {"kill_points": 0, "before_the_plan": 0, "half_written": 0}
+    for when in ("before", "half", "after"):
+        for number in range(first, last + 1, stride):
             cache = root / f"{when}-{number}"
-            child = start({**options, "output": str(cache)}, 0, 1, kill_at_call(number, when))
-            code = wait(child)
+            here = {**options, "output": str(cache)}
+            code = wait(start(here, 0, 1, kill_at_call(here, number, when)))
             if code != -signal.SIGKILL:
                 assert code == 0, f"died otherwise, with {code}"
                 assert_same(cache, reference)
                 break
-            points += 1
-            run_to_the_end({**options, "output": str(cache)}, world_size=1 + number % 3)
+            found["kill_points"] += 1
+            found["before_the_plan"] += not (cache / "plan.json").exists()
+            found["half_written"] += when == "half"
+            run_to_the_end(here, world_size=1 + found["kill_points"] % 3)
             assert_same(cache, reference)
-            number += stride
-    return {"kill_points": points}
+            shutil.rmtree(cache)
+    return found

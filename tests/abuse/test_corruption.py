@@ -1,4 +1,4 @@
-"""S2 and S3 in small: every flipped bit is noticed, and a cache from a stranger can do nothing but be refused."""
+"""S2 and S3 in small: every flipped bit is noticed and its file named, and a cache from a stranger can do nothing but be refused."""
 
 import json
 import os
@@ -15,6 +15,7 @@ from kdcache.cache.verify import verify_cache
 from kdcache.dump.launch import dump
 from kdcache.dump.options import DumpOptions
 from kdcache.errors import CacheError
+from tests.abuse.corruption import are_named, audited
 from tests.abuse.hostile import forge
 from tests.strategies import make_plan, write_cache
 
@@ -23,9 +24,11 @@ FLIPS = 150
 
 @pytest.fixture(scope="module", params=["packed", "exact", "hidden"])
 def sound(request, tmp_path_factory, tiny_teacher, corpus_file):
-    """A finished cache of each kind."""
+    """A finished cache of each kind; the packed one with id tables."""
     folder = tmp_path_factory.mktemp("sound") / request.param
-    kind = {"targets": "hidden"} if request.param == "hidden" else {"codec": request.param}
+    kind = {"packed": {"id_tables": "global"}, "exact": {"codec": "exact"}, "hidden": {"targets": "hidden"}}[
+        request.param
+    ]
     dump(DumpOptions(teacher=tiny_teacher, dataset=corpus_file, split="train[:9]", output=str(folder), seq_len=64,
                      threads=1, top_k=8, shard_positions=200, device="cpu", **kind))  # fmt: skip
     shutil.rmtree(folder / "runs")
@@ -35,10 +38,7 @@ def sound(request, tmp_path_factory, tiny_teacher, corpus_file):
 
 def is_refused(folder):
     """Whether an audit finds something, or cannot even begin."""
-    try:
-        return not verify_cache(LocalStore(folder)).intact
-    except CacheError:
-        return True
+    return not audited(folder).intact
 
 
 def read_everything(folder):
@@ -47,7 +47,7 @@ def read_everything(folder):
 
 
 def test_every_flipped_bit_is_detected(tmp_path, sound):
-    """One bit of any file of a cache, at places drawn over all files alike."""
+    """One bit of any file of a cache, at places drawn over all files alike; the file is named, and the shard."""
     cache = tmp_path / "c"
     shutil.copytree(sound, cache)
     paths = sorted(path for path in cache.rglob("*") if path.is_file())
@@ -61,7 +61,9 @@ def test_every_flipped_bit_is_detected(tmp_path, sound):
         at, bit = int(rng.integers(len(whole))), int(rng.integers(8))
         changed[at] ^= 1 << bit
         path.write_bytes(changed)
-        assert is_refused(cache), f"{path.relative_to(cache)}: bit {bit} of byte {at} went unnoticed"
+        audit = audited(cache)
+        assert not audit.intact, f"{path.relative_to(cache)}: bit {bit} of byte {at} went unnoticed"
+        assert are_named(audit, path), f"{path.relative_to(cache)}: bit {bit} of byte {at}: {audit}"
         path.write_bytes(whole)
     assert not is_refused(cache)
 
@@ -88,7 +90,7 @@ def test_truncation_is_refused(tmp_path, sound, keep):
     for path in sorted(path for path in cache.rglob("*") if path.is_file()):
         whole = path.read_bytes()
         path.write_bytes(whole[:keep])
-        assert is_refused(cache), path.name
+        assert are_named(audited(cache), path), path.name
         path.write_bytes(whole)
 
 
@@ -97,20 +99,37 @@ def test_swapped_missing_and_doubled_files_are_refused(tmp_path, sound):
     shutil.copytree(sound, cache)
     first, second = sorted((cache / "shards").iterdir())[:2]
     one, two = first.read_bytes(), second.read_bytes()
-    for change in ((two, one), (one, one)):
+    for change, damaged in (((two, one), [first, second]), ((one, one), [second])):
         first.write_bytes(change[0])
         second.write_bytes(change[1])
-        assert is_refused(cache)
+        assert are_named(audited(cache), *damaged)
     first.write_bytes(one)
     second.unlink()
-    assert is_refused(cache)
+    assert are_named(audited(cache), second)
     second.write_bytes(two)
     commits = sorted((cache / "commits").iterdir())
-    shutil.copy(commits[0], cache / "commits" / "99999.json")
-    assert is_refused(cache)
-    (cache / "commits" / "99999.json").unlink()
+    for stray in ("99999.json", "000000.json"):  # of no shard, and a second spelling of one
+        shutil.copy(commits[0], cache / "commits" / stray)
+        assert any(f"commits/{stray}" in line for line in audited(cache).problems)
+        (cache / "commits" / stray).unlink()
+    for table in (cache / "tables").glob("*"):
+        whole = table.read_bytes()
+        table.unlink()
+        assert are_named(audited(cache), table)
+        table.write_bytes(whole)
     commits[0].rename(cache / "commits" / "held")
-    assert is_refused(cache), "the manifest names a shard that nobody committed"
+    audit = audited(cache)
+    assert not audit.intact, "the manifest names a shard that nobody committed"
+    assert audit.missing == [0]
+
+
+def test_a_missing_manifest_is_no_damage(tmp_path, sound):
+    """It follows from the commits: without it the cache is one that was not sealed, and reads the same."""
+    cache = tmp_path / "c"
+    shutil.copytree(sound, cache)
+    (cache / "manifest.json").unlink()
+    assert audited(cache).intact
+    assert open_cache(cache).manifest == open_cache(sound).manifest
 
 
 # --- caches from strangers: every digest is right, the content is not --------------------------------------------------

@@ -8,18 +8,20 @@ from pathlib import Path
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from tests.abuse.crashes import campaign, every_commit_point, prepare
+from tests.abuse.crashes import campaign, every_commit_point, kinds, prepare
 options, root, seed = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 prepare()
-print(json.dumps({**campaign(options, root / "random", num_kills=3, seed=seed),
-                  **every_commit_point(options, root / "points", stride=20)}))
+around_the_plan, in_the_shards = {"first": 7, "last": 11, "stride": 4}, {"first": 9, "stride": 33}
+points = {kind: every_commit_point(here, root / kind, **(in_the_shards if kind in ("top_k", "hidden") else around_the_plan))
+          for kind, here in kinds(options, root).items()}
+print(json.dumps({"random": campaign(options, root / "random", num_kills=3, seed=seed), **points}))
 """
 
 
 def test_killed_at_random_and_at_commit_points(tmp_path, tiny_teacher, corpus_file):
-    """Resumed with 1, 2 and 3 workers, the finished cache is the uninterrupted one, byte for byte."""
+    """Resumed with 1, 2 and 3 workers, the finished cache is the uninterrupted one, byte for byte; transcoded ones too."""
     options = {
-        "teacher": tiny_teacher, "dataset": corpus_file, "output": "", "split": "train[:12]", "seq_len": 64, "top_k": 8,
+        "teacher": tiny_teacher, "dataset": corpus_file, "output": "", "split": "train[:6]", "seq_len": 64, "top_k": 8,
         "threads": 1, "batch_tokens": 256, "shard_positions": 300, "device": "cpu",
     }  # fmt: skip
     done = subprocess.run(
@@ -28,5 +30,7 @@ def test_killed_at_random_and_at_commit_points(tmp_path, tiny_teacher, corpus_fi
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout)
-    assert result["kills"] >= 3
-    assert result["kill_points"] >= 3
+    assert result.pop("random")["kills"] >= 3
+    assert all(found["kill_points"] >= 4 for found in result.values())
+    assert all(found["half_written"] >= 1 for found in result.values())
+    assert all(result[kind]["before_the_plan"] >= 1 for kind in ("id tables", "transcoded", "copied"))

@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.abuse.crashes import blind_writers, prepare, stopped_writers
 options, root = json.loads(sys.argv[1]), Path(sys.argv[2])
 prepare()
-print(json.dumps({**stopped_writers(options, root / "stopped", first=17, stride=60),
+print(json.dumps({**stopped_writers(options, root / "stopped", first=20, stride=90),
                   **blind_writers(options, root / "blind", rounds=1)}))
 """
 
@@ -19,7 +19,7 @@ print(json.dumps({**stopped_writers(options, root / "stopped", first=17, stride=
 def test_two_writers_of_one_shard(tmp_path, tiny_teacher, corpus_file):
     """A writer that was stopped past its lease and wakes up, and two that leases fail to keep apart: one wins, the cache is right."""
     options = {
-        "teacher": tiny_teacher, "dataset": corpus_file, "output": "", "split": "train[:12]", "seq_len": 64, "top_k": 8,
+        "teacher": tiny_teacher, "dataset": corpus_file, "output": "", "split": "train[:6]", "seq_len": 64, "top_k": 8,
         "threads": 1, "batch_tokens": 256, "shard_positions": 300, "device": "cpu",
     }  # fmt: skip
     done = subprocess.run(
