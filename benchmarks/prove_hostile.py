@@ -1,8 +1,8 @@
 """S3: caches made to do harm, each re-signed so that its digests hold; also a fuzz run over the reader.
 
-Each is verified, asked for its status, opened, described and read in a process of its own with 2 GiB of memory and a minute, in
-which any writing, any process, any code from elsewhere ends the attempt as harm. Every other one meets the codec's compiled loops, with
-every index checked.
+Each is verified, asked for its status, opened, described, read, made into tensors to train on, transcoded, tidied up and repaired in a
+process of its own with 2 GiB of memory and a minute, in which any process, any code from elsewhere, any writing but into the new cache and
+any deleting but in the old one ends the attempt as harm. Every other one meets the codec's compiled loops, with every index checked.
 
     python benchmarks/prove_hostile.py [--number 2000] [--seed 0]
 """
@@ -72,8 +72,9 @@ def main() -> None:
         lines.append(f"| {name} | {sum(counts.values())} | " + " | ".join(str(counts[o]) for o in OUTCOMES) + " |")
     notes = (
         "`read`: values that could have been written (another level, another count), or the change met nothing that is read. HARM: a "
-        "crash, any error but a CacheError, more than 2 GiB, more than a minute, a file written, a process or code started, a number "
-        "out of range handed on, an index past the end in a compiled loop (which every other attack meets, numba installed)."
+        "crash, any error that is not one of kdcache's, more than 2 GiB, more than a minute (two where it waits), a file written or deleted that is none of the cache's "
+        "or of what it is transcoded into, a process or code started, a number out of range or an id twice handed on, an index past the end in a compiled loop (which every other "
+        "attack meets, numba installed)."
     )
     results_file.write_text("prove_hostile", "S3: caches from strangers", "\n".join(lines) + "\n\n" + notes + "\n")
     if any(counts["HARM"] for counts in table.values()):

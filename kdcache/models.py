@@ -66,6 +66,8 @@ def load_model(
     arguments: dict[str, Any] = {**source.load_arguments, "dtype": dtype, **_attention(attention)}
     if source.gguf_file:
         arguments |= _dequantized()
+    if source.untrusted:
+        arguments["use_safetensors"] = True
     if device_map is not None:
         arguments["device_map"] = device_map
     with _load_errors(source), quiet_progress():

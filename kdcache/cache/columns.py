@@ -14,6 +14,7 @@ import numpy.typing as npt
 from kdcache.cache import packed
 from kdcache.cache.compact import CompactTargets
 from kdcache.cache.frames import read_array
+from kdcache.cache.limits import MAX_ENTRIES
 from kdcache.cache.loops import COUNT_ESCAPE, GAP_ESCAPE, GAP_SMALL, NUM_BITS
 from kdcache.cache.parameters import CodecParameters
 from kdcache.errors import CacheCorruptError, ConfigError
@@ -29,6 +30,7 @@ MAX_LOGPROB = 1e-4
 
 
 def _encode_exact(codec: CodecParameters, targets: SparseTargets) -> dict[str, npt.NDArray[Any]]:
+    _check_number(len(targets.token_ids))
     arrays: dict[str, npt.NDArray[Any]] = {
         "num_entries": targets.num_entries,
         "token_ids": targets.token_ids,
@@ -47,8 +49,9 @@ def _decode_exact(codec: CodecParameters, frames: Frames, n: int, where: str) ->
         return read_array(frames[name], np.float32, what=f"{where}, {name}", count=count)
 
     num_entries = _read_num_entries(codec, frames, n, where, np.uint32)
-    total = int(num_entries.sum(dtype=np.int64))
+    total = _total(num_entries, where)
     token_ids = read_array(frames["token_ids"], np.uint32, what=f"{where}, token_ids", count=total)
+    _check_ids(token_ids, num_entries, codec.vocab_size, where)
     label_logprobs, entropy = floats("label_logprobs", n), floats("entropy", n)
     counts = _read_counts(codec, frames, total, where)
     known: dict[str, Any] = {
@@ -69,6 +72,7 @@ def _decode_exact(codec: CodecParameters, frames: Frames, n: int, where: str) ->
         raise CacheCorruptError(f"{where}: a logprob that is not finite and at most 0")
     if not np.isfinite(logz).all():
         raise CacheCorruptError(f"{where}: a log-normaliser that is not finite")
+    tails = np.minimum(tails, 0)  # whoever takes the log of what a tail leaves
     return CompactTargets(**known, values=logprobs, value_table=None, tails=tails, tail_table=None, logz=logz)
 
 
@@ -76,6 +80,7 @@ def _decode_exact(codec: CodecParameters, frames: Frames, n: int, where: str) ->
 
 
 def _encode_packed(codec: CodecParameters, targets: SparseTargets) -> dict[str, npt.NDArray[Any]]:
+    _check_number(len(targets.token_ids))
     if (np.abs(targets.logz) > packed.LARGEST_LOGZ).any():
         raise ConfigError(
             f"codec packed holds log-normalisers up to {packed.LARGEST_LOGZ:g}, found {np.abs(targets.logz).max():.0f}",
@@ -110,7 +115,7 @@ def _decode_packed(codec: CodecParameters, frames: Frames, n: int, where: str) -
         return read_array(frames[name], dtype, what=f"{where}, {name}", count=count)
 
     num_entries = _read_num_entries(codec, frames, n, where, np.uint8 if codec.max_entries < 256 else np.uint32)
-    total = int(num_entries.sum(dtype=np.int64))
+    total = _total(num_entries, where)
     order = packed.ColumnOrder(num_entries)
     if codec.has_bits:
         bits = read("id_bits", n * NUM_BITS // 8)
@@ -183,6 +188,39 @@ def _read_num_entries(codec: CodecParameters, frames: Frames, n: int, where: str
             f"{where}: {num_entries.max()} entries at a position, the plan allows {codec.max_entries}"
         )
     return num_entries
+
+
+def _total(num_entries: UIntArray, where: str) -> int:
+    if (total := int(num_entries.sum(dtype=np.int64))) > MAX_ENTRIES:
+        raise CacheCorruptError(f"{where}: {total} entries, a sequence has at most {MAX_ENTRIES}")
+    return total
+
+
+def _check_ids(token_ids: UIntArray, num_entries: UIntArray, vocab_size: int, where: str) -> None:
+    """Ids ascend inside each position, so that none stands there twice, and the last is in the vocabulary."""
+    if not len(token_ids):
+        return
+    ascends = np.empty(len(token_ids), dtype=bool)
+    np.greater(token_ids[1:], token_ids[:-1], out=ascends[:-1])
+    k = int(num_entries[0])
+    if k and (num_entries == k).all():
+        last: Any = slice(k - 1, None, k)
+    else:
+        last = np.cumsum(num_entries[num_entries > 0], dtype=np.int64) - 1
+    ascends[last] = True
+    if not ascends.all():
+        raise CacheCorruptError(f"{where}, token_ids: ids that do not ascend inside a position")
+    if (largest := int(token_ids[last].max())) >= vocab_size:
+        raise CacheCorruptError(f"{where}: token id {largest} in a vocabulary of {vocab_size}")
+
+
+def _check_number(num_entries: int) -> None:
+    """Refuse to write what no reader would take."""
+    if num_entries > MAX_ENTRIES:
+        raise ConfigError(
+            f"a sequence has at most {MAX_ENTRIES} entries, found {num_entries}",
+            hint="a smaller --seq-len, or fewer entries",
+        )
 
 
 def _read_counts(codec: CodecParameters, frames: Frames, total: int, where: str) -> CountArray | None:

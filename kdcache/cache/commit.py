@@ -25,6 +25,7 @@ from kdcache.cache.layout import (
     TABLES,
     TEMPORARY,
     commit_name,
+    is_lease_name,
     is_table_name,
     parse_number,
     parse_shard_name,
@@ -312,7 +313,7 @@ def seal(store: Store) -> Manifest:
     for name in store.names_in(SHARDS):
         if parse_shard_name(name) is not None and f"{SHARDS}/{name}" not in named:
             store.delete(f"{SHARDS}/{name}")
-    for name in store.names_in(LEASES):
+    for name in filter(is_lease_name, store.names_in(LEASES)):
         store.delete(f"{LEASES}/{name}")
     store.remove_abandoned()
     if not store.exists(MANIFEST) or store.read(MANIFEST) != to_json(manifest):

@@ -10,8 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from kdcache.cache.jit import compiled
+from kdcache.cache.limits import enough_memory
 from kdcache.cache.tables import ascending
+from kdcache.errors import CacheCorruptError
 from kdcache.targets import BoolArray, CountArray, FloatArray, SparseTargets, UIntArray, in_rectangle, rescale_entries
+
+# Of float32 logprobs over a large vocabulary, amply.
+MASS_ROUNDING = 1e-3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,8 +57,12 @@ class CompactTargets:
         """Integers to logprobs, the plain numpy form of what ``kdcache.train`` does on the device; ids ascend.
 
         Raises:
-            CacheCorruptError: An id stands twice at a position.
+            CacheCorruptError: An id stands twice at a position, or the entries have more mass than the tail leaves.
         """
+        with enough_memory(f"targets of {len(self.num_entries)} positions"):
+            return self._expand(temperatures)
+
+    def _expand(self, temperatures: tuple[float, ...]) -> SparseTargets:
         tails = (
             self.tails
             if self.tail_table is None
@@ -65,12 +74,25 @@ class CompactTargets:
         )
         if self.value_table is not None or self.frequencies:
             logprobs = rescale_entries(logprobs, tails[:, 0], self.num_entries)
+        else:
+            _check_masses(logprobs, tails[:, 0], self.num_entries)
         hidden = None if self.hidden is None else bfloat16_to_float(self.hidden)
         targets = SparseTargets(
             temperatures, self.num_entries, self.token_ids, logprobs, tails,
             self.logz, self.label_logprobs, self.entropy, hidden, self.counts, self.frequencies,
         )  # fmt: skip
         return targets if self.ascending else ascending(targets)
+
+
+def _check_masses(logprobs: FloatArray, tail: FloatArray, num_entries: UIntArray) -> None:
+    """Logprobs that are taken as they are must be those of a distribution."""
+    some = num_entries > 0
+    counts = num_entries[some].astype(np.int64)
+    if not len(counts):
+        return
+    masses = np.add.reduceat(np.exp(logprobs), np.cumsum(counts) - counts, dtype=np.float64) + np.exp(tail[some])
+    if masses.max() > 1 + MASS_ROUNDING:
+        raise CacheCorruptError(f"entries and tail of a position have mass {masses.max():.3g}, 1 was expected")
 
 
 class Rectangle:

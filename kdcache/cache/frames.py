@@ -15,11 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from kdcache.errors import CacheCorruptError
+from kdcache.cache.limits import MAX_FRAME_BYTES
+from kdcache.errors import CacheCorruptError, ConfigError
 
 MAX_WINDOW_BYTES = 8 << 20
-# No column of a sequence is larger; what a plan from a stranger allows may be.
-MAX_FRAME_BYTES = 1 << 30
 
 _local = threading.local()
 
@@ -31,6 +30,9 @@ def compress(data: bytes | memoryview | npt.NDArray[np.generic], *, block_bytes:
         data: What to store.
         block_bytes: Cut the content into blocks of so many bytes, each coded by its own frequencies of bytes: worth its
             hundred bytes where the content changes along the way.
+
+    Raises:
+        ConfigError: More than a frame holds.
     """
     if not hasattr(_local, "compressor"):
         parameters = zstandard.ZstdCompressionParameters.from_level(
@@ -38,6 +40,11 @@ def compress(data: bytes | memoryview | npt.NDArray[np.generic], *, block_bytes:
         )
         _local.compressor = zstandard.ZstdCompressor(compression_params=parameters)
     raw = np.ascontiguousarray(data).tobytes() if isinstance(data, np.ndarray) else bytes(data)
+    if len(raw) > MAX_FRAME_BYTES:
+        raise ConfigError(
+            f"a column of a sequence takes at most {MAX_FRAME_BYTES} bytes, found {len(raw)}",
+            hint="a smaller --seq-len, or fewer entries",
+        )
     if block_bytes is None or len(raw) <= block_bytes:
         frame: bytes = _local.compressor.compress(raw)
         return frame

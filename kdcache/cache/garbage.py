@@ -1,7 +1,8 @@
 """What a cache no longer needs: leftovers of writers that died or came second.
 
 **What stays, always**: a shard file of a shard that is not committed yet. Its writer may be about to commit it, also one that
-was stopped for longer than its lease; deleting it then would leave a commit without its file.
+was stopped for longer than its lease; deleting it then would leave a commit without its file. And whatever has a name that kdcache does
+not give.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import time
 
 from kdcache.cache.commit import read_commits, read_plan
-from kdcache.cache.layout import LEASES, SHARDS, TABLES, parse_shard_name, shard_name, table_name
+from kdcache.cache.layout import LEASES, SHARDS, TABLES, is_table_name, parse_shard_name, shard_name, table_name
 from kdcache.cache.status import split_leases
 from kdcache.cache.store import Store
 
@@ -33,7 +34,8 @@ def find_garbage(store: Store, now: float | None = None) -> list[str]:
     if len(committed) == plan.spec.num_shards:
         digests = {commit.head_digest for commit in commits} | {plan.spec.codec.id_tables}
         tables = {table_name(digest) for digest in digests if digest}
-        garbage += [f"{TABLES}/{name}" for name in store.names_in(TABLES) if f"{TABLES}/{name}" not in tables]
+        found = [f"{TABLES}/{name}" for name in store.names_in(TABLES) if is_table_name(name)]
+        garbage += [name for name in found if name not in tables]
     garbage += [f"{LEASES}/{name}" for name in split_leases(store, committed, now)[1]]
     return sorted(garbage)
 

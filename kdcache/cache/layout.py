@@ -8,8 +8,8 @@ PLAN, MANIFEST = "plan.json", "manifest.json"
 COMMITS, SHARDS, LEASES, TABLES, RUNS = "commits", "shards", "leases", "tables", "runs"
 TEMPORARY = "tmp"
 _NUMBERED = re.compile(r"(\d{5,10})\.json")
+_SHARD_NAME = re.compile(r"(\d{5,10})-[0-9a-f]{32}\.arrow")
 _TABLE_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
-_SHARD_NAME = re.compile(r"\d{5,10}-[0-9a-f]{32}\.arrow")
 
 
 def commit_name(shard: int) -> str:
@@ -35,14 +35,21 @@ def shard_name(shard: int, shard_digest: str) -> str:
 
 def parse_shard_name(name: str) -> int | None:
     """The shard that a file in ``shards/`` is of, or None where the name is not one of ours."""
-    return int(name.partition("-")[0]) if _SHARD_NAME.fullmatch(name) else None
+    match = _SHARD_NAME.fullmatch(name)
+    return int(match[1]) if match and match[1] == f"{int(match[1]):05d}" else None
 
 
-def table_name(table_digest: str) -> str:
-    """Where a table of these bytes stands: id tables, or the teacher's output head."""
-    return f"{TABLES}/{table_digest}.safetensors"
+def is_lease_name(name: str) -> bool:
+    """Whether a file in ``leases/`` has a name of ours."""
+    shard = parse_number(name)
+    return shard is not None and f"{LEASES}/{name}" == lease_name(shard)
 
 
 def is_table_name(name: str) -> bool:
     """Whether a file in ``tables/`` has a name of ours."""
     return _TABLE_NAME.fullmatch(name) is not None
+
+
+def table_name(table_digest: str) -> str:
+    """Where a table of these bytes stands: id tables, or the teacher's output head."""
+    return f"{TABLES}/{table_digest}.safetensors"

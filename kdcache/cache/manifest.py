@@ -14,11 +14,13 @@ import hashlib
 import json
 from collections.abc import Iterator
 from datetime import datetime
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from kdcache.cache.codec import Codec
+from kdcache.cache.limits import MAX_ROWS_OF_A_SHARD, MAX_SEQUENCES, MAX_SHARDS, enough_memory
 from kdcache.cache.packed import Levels
 from kdcache.cache.tables import IdTables
 from kdcache.errors import CacheCorruptError, CacheFormatError, CacheMismatchError
@@ -38,7 +40,6 @@ from kdcache.specs import (
 )
 
 FORMAT_VERSION = 1
-MAX_SHARDS = 1 << 22
 RECORD_DIGEST = "record_digest"
 # Recorded in the spec, but not part of what it is.
 NAMES_ONLY = ("teacher.name", "corpus.dataset")
@@ -176,6 +177,12 @@ class ShardTable(Record):
     def _columns_agree(self) -> Self:
         if not len(self.shard) == len(self.digest) == len(self.num_bytes) == len(self.num_sequences):
             raise ValueError("columns have one length")
+        # A sequence's id holds its number in the shard in 32 bits; readers count all of them in 64.
+        if max(self.num_sequences, default=0) > MAX_ROWS_OF_A_SHARD or sum(self.num_sequences) > MAX_SEQUENCES:
+            raise ValueError(
+                f"at most {MAX_ROWS_OF_A_SHARD} sequences a shard and {MAX_SEQUENCES} together are allowed, "
+                f"found {sum(self.num_sequences)}"
+            )
         return self
 
 
@@ -190,6 +197,15 @@ class Manifest(Record):
     num_bytes: Count
     stats: ShardStats
     shards: ShardTable
+
+    @model_validator(mode="after")
+    def _is_of_its_plan(self) -> Self:
+        numbers, planned = self.shards.shard, self.spec.num_shards
+        if any(a >= b for a, b in pairwise(numbers)) or any(number >= planned for number in numbers[-1:]):
+            raise ValueError(f"shards ascend below {planned}")
+        if self.sealed != (len(numbers) == planned):
+            raise ValueError(f"{len(numbers)} of {planned} shards, and sealed is {self.sealed}")
+        return self
 
 
 def derive_manifest(plan: Plan, commits: list[Commit]) -> Manifest:
@@ -258,14 +274,22 @@ def parse(kind: type[RecordT], data: bytes, where: str) -> RecordT:
         CacheFormatError: Another format version, or not such a record.
         CacheCorruptError: Its digest does not hold.
     """
+    with enough_memory(where):
+        try:
+            return _parse(kind, data, where)
+        except RecursionError as error:
+            raise CacheFormatError(f"{where}: not such a record ({error})") from error
+
+
+def _parse(kind: type[RecordT], data: bytes, where: str) -> RecordT:
     try:
         raw = json.loads(data)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CacheFormatError(f"{where}: not JSON ({error})") from error
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if version != FORMAT_VERSION:
         raise CacheFormatError(
-            f"{where}: format version {FORMAT_VERSION} was expected, found {version!r}",
+            f"{where}: format version {FORMAT_VERSION} was expected, found {version!r:.80}",
             hint="a newer kdcache wrote this cache" if isinstance(version, int) and version > FORMAT_VERSION else None,
         )
     signed = raw.pop(RECORD_DIGEST, None)
@@ -275,7 +299,7 @@ def parse(kind: type[RecordT], data: bytes, where: str) -> RecordT:
         raise CacheFormatError(f"{where}: not JSON ({error})") from error
     if signed != (found := _hash(content)):
         raise CacheCorruptError(
-            f"{where}: {RECORD_DIGEST} {signed!r} was written, the fields have {found}: damaged or edited"
+            f"{where}: {RECORD_DIGEST} {signed!r:.80} was written, the fields have {found}: damaged or edited"
         )
     try:
         return kind.model_validate_json(content)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import xxhash
 
+from kdcache.cache.files import open_file
 from kdcache.errors import CacheCorruptError, StoreError
 
 
@@ -26,10 +27,10 @@ def map_file(path: Path, num_bytes: int, digest: str | None = None) -> mmap.mmap
 
     Raises:
         OSError: It is not there, or cannot be read or mapped: nothing is known about its bytes.
-        StoreError: It has another size.
+        StoreError: It has another size, or what stands there is no file.
         CacheCorruptError: It has another digest.
     """
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size != num_bytes or size == 0:
             raise StoreError(f"{path}: {num_bytes} bytes were committed, found {size}")

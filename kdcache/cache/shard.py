@@ -2,7 +2,8 @@
 
 A shard is built in memory and published whole, so a file that can be seen is a file that is complete. It is read through a
 memory map; its digest is checked once, before Arrow parses a byte of it, because Arrow trusts what it reads (a bit flipped
-in its metadata can crash the process). Every column of bytes is a zstd frame with its own checksum.
+in its metadata can crash the process). Every column of bytes is a zstd frame with its own checksum. What a stranger wrote has the digest
+that he says: :mod:`kdcache.cache.arrow` lets Arrow see no more than what cannot make it take memory.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
+from kdcache.cache.arrow import read_batch
 from kdcache.cache.codec import Codec
 from kdcache.cache.compact import CompactTargets
 from kdcache.cache.frames import compress, read_array
+from kdcache.cache.limits import enough_memory
 from kdcache.errors import CacheCorruptError
 from kdcache.targets import SparseTargets, TokenSequence
 
@@ -122,23 +125,7 @@ class ShardReader:
                 f"{self.where}: digest {expected_digest} was committed, the bytes on disk have {found}",
                 hint="kdcache verify CACHE --repair takes every damaged shard back; the same dump then makes only these anew",
             )
-        try:
-            reader = pa.ipc.open_file(pa.py_buffer(data))
-            if reader.num_record_batches != 1:
-                raise CacheCorruptError(
-                    f"{self.where}: one record batch was expected, found {reader.num_record_batches}"
-                )
-            batch = reader.get_batch(0)
-            batch.validate(full=True)
-        except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
-            raise CacheCorruptError(f"{self.where}: not an Arrow file ({error})") from error
-        expected = schema(codec, plan, shard)
-        if not batch.schema.equals(expected, check_metadata=True):
-            raise CacheCorruptError(
-                f"{self.where}: schema or origin differ: expected {expected.metadata} and {len(expected)} columns, found "
-                f"{batch.schema.metadata} and {len(batch.schema)}",
-                hint="the file belongs to another shard or another cache",
-            )
+        batch = read_batch(data, schema(codec, plan, shard), self.where)
         if any(column.null_count for column in batch.columns):
             raise CacheCorruptError(f"{self.where}: a row with a missing value")
         self._columns = {name: batch.column(i) for i, name in enumerate(batch.schema.names)}
@@ -150,6 +137,10 @@ class ShardReader:
     def sequence(self, row: int) -> TokenSequence:
         """Token ids, mask and document starts of a row; its content hash is checked."""
         where = f"{self.where}, sequence {row}"
+        with enough_memory(where):
+            return self._sequence(row, where)
+
+    def _sequence(self, row: int, where: str) -> TokenSequence:
         count = int(self._columns["num_positions"][row].as_py())
         if not 0 < count <= self._max_positions:
             raise CacheCorruptError(f"{where}: {count} positions, the plan allows 1 to {self._max_positions}")
@@ -173,8 +164,9 @@ class ShardReader:
     def targets(self, row: int, sequence: TokenSequence) -> CompactTargets:
         """Targets of a row, still compact; ``sequence`` is that of the same row."""
         frames = {name: self._frame(name, row) for name in self._codec.column_names}
-        contexts = sequence.contexts
-        return self._codec.decode(frames, len(contexts), f"{self.where}, sequence {row}", contexts)
+        contexts, where = sequence.contexts, f"{self.where}, sequence {row}"
+        with enough_memory(where):
+            return self._codec.decode(frames, len(contexts), where, contexts)
 
     def sequence_id(self, row: int) -> int:
         """The stored id, ``shard << 32 | row``."""

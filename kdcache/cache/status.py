@@ -26,7 +26,7 @@ class Status:
         num_positions: Tokens committed.
         num_bytes: Of the committed shards.
         in_flight: Leases of workers that live.
-        stale: Leases of workers that do not, and files that are no leases.
+        stale: Leases of workers that do not, and files in the place of leases that are none.
         holes: Shards that are neither committed nor in flight, as first and last of each run.
         tokens_per_second: Of all workers together, lately; None before there are two commits.
         seconds_left: At that rate; 0 when all is committed, None where the rate is unknown.

@@ -6,6 +6,9 @@ fsspec knows. :func:`open_store` picks by name.
 ``put_if_absent`` is the one that correctness rests on: the file appears at its name whole, or not at all, and only the
 first writer's. On POSIX: write a temporary file in the same file system, fsync, ``link(2)`` to the final name (fails if it
 exists), fsync the folder. Names are made by kdcache from numbers and digests, never taken from a file.
+
+A folder may come from a stranger. It may be reached through a link; nothing in it is: what a link leads to may be anybody's, and is neither
+listed, read, written nor deleted.
 """
 
 from __future__ import annotations
@@ -22,9 +25,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
+from kdcache.cache.files import open_file
 from kdcache.cache.layout import TEMPORARY
+from kdcache.cache.limits import enough_memory, max_file_bytes
 from kdcache.cache.mapped import map_file
-from kdcache.errors import CacheNotFoundError, ConfigError, KDCacheError, StoreError, StoreUnavailableError
+from kdcache.errors import (
+    CacheCorruptError,
+    CacheNotFoundError,
+    ConfigError,
+    KDCacheError,
+    StoreError,
+    StoreUnavailableError,
+)
 
 # What stands at the name is no file, or nothing does: that is an answer.
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
@@ -130,14 +142,19 @@ class LocalStore:
         Raises:
             CacheNotFoundError: There is none.
             StoreError: What stands there is no file.
+            CacheCorruptError: It is larger than a file of its kind.
             StoreUnavailableError: It cannot be read.
         """
+        path, limit = self.root / name, max_file_bytes(name)
         try:
-            return (self.root / name).read_bytes()
+            with open_file(self._path_to_read(name)) as file, enough_memory(str(path)):
+                if limit is not None and (found := os.fstat(file.fileno()).st_size) > limit:
+                    raise CacheCorruptError(f"{path}: at most {limit} bytes were expected, found {found}")
+                return file.read()
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise CacheNotFoundError(f"{self.root / name} does not exist") from error
+            raise CacheNotFoundError(f"{path} does not exist") from error
         except OSError as error:
-            raise _unreadable(self.root / name, error) from error
+            raise _unreadable(path, error) from error
 
     def read_all(self, names: list[str]) -> list[bytes]:
         """Several small files, as :meth:`read`."""
@@ -152,12 +169,13 @@ class LocalStore:
             StoreError: It has another size, or what stands there is no file.
             StoreUnavailableError: It cannot be read or mapped.
         """
+        path = self.root / name
         try:
-            return map_file(self.root / name, num_bytes, digest)
+            return map_file(self._path_to_read(name), num_bytes, digest)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise CacheNotFoundError(f"{self.root / name} does not exist") from error
+            raise CacheNotFoundError(f"{path} does not exist") from error
         except OSError as error:
-            raise _unreadable(self.root / name, error) from error
+            raise _unreadable(path, error) from error
 
     def is_exclusive(self) -> bool:
         """Yes: a file system without hard links is refused at the first file."""
@@ -171,7 +189,7 @@ class LocalStore:
             StoreUnavailableError: It cannot be listed.
         """
         try:
-            return sorted(os.listdir(self.root / folder))
+            return sorted(os.listdir(self._path_to_read(f"{folder}/")))
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -186,8 +204,8 @@ class LocalStore:
         Raises:
             StoreError: The file system has no hard links, no space, or cannot be written.
         """
-        target = self.root / name
         with self._errors(f"write {name}"):
+            target = self._path(name)
             if target.exists():
                 return False
             temporary = self._write_temporary(data)
@@ -209,8 +227,8 @@ class LocalStore:
 
     def replace(self, name: str, data: bytes) -> None:
         """Publish a file over whatever stands there. Only for what can be derived again."""
-        target = self.root / name
         with self._errors(f"write {name}"):
+            target = self._path(name)
             temporary = self._write_temporary(data)
             _place(os.replace, temporary, target)
             _sync_folder(target.parent)
@@ -218,7 +236,7 @@ class LocalStore:
     def delete(self, name: str) -> None:
         """Remove a file; no error when there is none."""
         with self._errors(f"remove {name}"):
-            (self.root / name).unlink(missing_ok=True)
+            self._path(name).unlink(missing_ok=True)
 
     def remove_abandoned(self) -> int:
         """Delete temporary files whose writer on this host no longer runs; how many there were."""
@@ -236,8 +254,33 @@ class LocalStore:
         with contextlib.suppress(OSError):  # in use, or a peer was faster
             (self.root / folder).rmdir()
 
+    def _folder(self, folder: str) -> Path:
+        """A folder of the cache's own, or its root.
+
+        Raises:
+            NotADirectoryError: A link stands there.
+        """
+        path = self.root / folder
+        if folder and path.is_symlink():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+        return path
+
+    def _path(self, name: str) -> Path:
+        """Where a name stands; NotADirectoryError as :meth:`_folder`."""
+        folder, _, file = name.rpartition("/")
+        return self._folder(folder) / file
+
+    def _path_to_read(self, name: str) -> Path:
+        try:
+            return self._path(name)
+        except NotADirectoryError as error:
+            raise StoreError(
+                f"{error.filename}: a folder was expected, found a link",
+                hint="link to the cache's folder itself, not to folders in it",
+            ) from error
+
     def _write_temporary(self, data: bytes | memoryview) -> Path:
-        folder = self.root / TEMPORARY
+        folder = self._folder(TEMPORARY)
         path = folder / f"{hostname()}~{os.getpid()}~{uuid.uuid4().hex}"
         while True:
             _make_folder(folder)
@@ -307,9 +350,14 @@ def _make_folder(folder: Path) -> None:
         try:
             return folder.mkdir(parents=True, exist_ok=True)
         except FileExistsError as error:  # no folder stands there, or one did and was gone when mkdir looked
-            with contextlib.suppress(FileNotFoundError):
-                if not stat.S_ISDIR(folder.lstat().st_mode):
-                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from error
+            standing = _nearest(folder)
+            if not standing.is_dir() and os.path.lexists(standing):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(standing)) from error
+
+
+def _nearest(path: Path) -> Path:
+    """The path, or the nearest above it where something stands: perhaps a link that leads nowhere."""
+    return next(above for above in (path, *path.parents) if os.path.lexists(above))
 
 
 def _sync_folder(folder: Path) -> None:

@@ -17,7 +17,11 @@ from kdcache.specs import TargetSpec
 @click.option("--sequence", "index", type=click.INT, default=None, help="Show this sequence token by token.")
 @click.option("--top", type=click.IntRange(1, 20), default=4, help="The teacher's first choices to show.  [default: 4]")
 @click.option("--positions", type=click.IntRange(min=1), default=40, help="Positions to show.  [default: 40]")
-@click.option("--tokenizer", default=None, help="Model whose tokenizer spells the tokens; by default the teacher's.")
+@click.option(
+    "--tokenizer",
+    default=None,
+    help="Model whose tokenizer spells the tokens; by default the teacher's, if it is on this machine.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(cache: str, index: int | None, top: int, positions: int, tokenizer: str | None, as_json: bool) -> None:
     """What is inside a cache: totals, mass captured, entropy; or one sequence with the teacher's choices."""
@@ -110,11 +114,11 @@ def show_sequence(reader: CacheReader, index: int, top: int, positions: int) -> 
 def _speller(reader: CacheReader, name: str | None) -> Any:
     """Token id to text; to its number where the tokenizer is not at hand."""
     from kdcache.errors import ModelError
-    from kdcache.model_files import find_model
+    from kdcache.model_files import find_model, find_named_model
     from kdcache.models import load_tokenizer
 
     try:
-        tokenizer = load_tokenizer(find_model(name or reader.spec.teacher.name))
+        tokenizer = load_tokenizer(find_model(name) if name else find_named_model(reader.spec.teacher.name))
     except ModelError as error:
         click.echo(f"{error.message}; showing token ids (--tokenizer names another)", err=True)
         return lambda token: f"#{token}"

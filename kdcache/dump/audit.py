@@ -8,7 +8,9 @@ numbers, and the share of draws that land elsewhere takes the place of the KL. A
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,9 +20,9 @@ import torch
 from kdcache.cache.reader import CacheReader, CacheRow
 from kdcache.dump.draw import draw, position_uniforms
 from kdcache.dump.engines.transformers import pad_batch
-from kdcache.errors import CacheMismatchError, ConfigError
+from kdcache.errors import CacheMismatchError, ConfigError, ModelError
 from kdcache.heads import OutputHead, head_of, hidden_states, split_is_exact
-from kdcache.model_files import find_model, model_digest
+from kdcache.model_files import TRUST_IT, ModelSource, find_model, find_named_model, model_digest
 from kdcache.models import keep_freed_memory, load_model, parse_dtype, pick_device
 from kdcache.specs import TargetSpec
 from kdcache.targets import TokenSequence, in_rectangle
@@ -75,13 +77,14 @@ def against_teacher(
     Args:
         reader: The cache.
         num_sequences: How many; fewer where the cache is smaller.
-        teacher: Where the teacher is now, if not where it was.
+        teacher: Where the teacher is now, if not where it was. The name in the cache is a stranger's: see :func:`find_named_model`.
         device: ``auto``, ``cpu``, ``cuda`` ...
         trust_remote_code: Of the teacher.
 
     Raises:
         CacheMismatchError: That is another model than the one that filled the cache.
         ConfigError: The cache is empty, or averages teachers.
+        ModelError: It cannot be loaded, or not unless it is the user who names it (``teacher``).
     """
     spec = reader.spec
     if spec.teacher.averaged or not len(reader):
@@ -93,18 +96,24 @@ def against_teacher(
             f"{reader.store}: draws that were made while the teacher wrote depend on answers that were dropped since",
             hint="a cache of answers with --targets top_k, or with --entry-logprobs, can be held against its teacher",
         )
-    source = find_model(teacher or spec.teacher.name)
-    if (found := model_digest(source)) != spec.teacher.digest:
+    # transformers takes the name of a repository for the attention, and runs its code.
+    if not spec.teacher.attention.isidentifier():
+        raise ConfigError(f"{reader.store}: the attention {spec.teacher.attention!r} is none of transformers' own")
+    source = find_model(teacher) if teacher else find_named_model(spec.teacher.name)
+    with _errors_of(source):
+        found = model_digest(source)
+    if found != spec.teacher.digest:
         raise CacheMismatchError(
             f"{reader.store} was filled by a teacher with digest {spec.teacher.digest}, {teacher or spec.teacher.name} has {found}",
             hint="--teacher names the model that filled the cache",
         )
     keep_freed_memory()
     where = pick_device(device)
-    model = load_model(
-        source, dtype=parse_dtype(spec.teacher.dtype), attention=spec.teacher.attention, device=where,
-        trust_remote_code=trust_remote_code,
-    ).eval()  # fmt: skip
+    with _errors_of(source):
+        model = load_model(
+            source, dtype=parse_dtype(spec.teacher.dtype), attention=spec.teacher.attention, device=where,
+            trust_remote_code=trust_remote_code,
+        ).eval()  # fmt: skip
     head = head_of(model).first(reader.vocab_size) if split_is_exact(model) else None
     stored_head = OutputHead.from_bytes(reader.head_bytes()).to(where) if spec.targets.scheme == "hidden" else None
 
@@ -147,6 +156,16 @@ def against_teacher(
         live=float(live_all.mean()), live_max=float(live_all.max()),
         bound=declared + LIVE_FACTOR * float(live_all.mean()) + (ROUNDING_OF_DRAWS if draws else ROUNDING),
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _errors_of(source: ModelSource) -> Iterator[None]:
+    """What is not loaded because only a file names it is loaded where the user does."""
+    try:
+        yield
+    except ModelError as error:
+        hint = TRUST_IT if source.untrusted else error.hint
+        raise ModelError(error.message, hint=hint) from error
 
 
 def _stored(row: CacheRow) -> torch.Tensor:

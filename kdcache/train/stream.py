@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kdcache.cache.compact import CompactTargets, Rectangle
+from kdcache.cache.limits import enough_memory
 from kdcache.cache.reader import CacheReader
 from kdcache.heads import OutputHead
 from kdcache.targets import TokenSequence, temperature_index
@@ -159,14 +160,15 @@ class KDBatchSampler(Sampler[list[int]]):
         return -(-self.num_sequences // self.global_batch) * self.accumulation
 
     def __iter__(self) -> Iterator[list[int]]:
-        if self.mix is not None:
-            order = self.mix.order(self.epoch)
-        elif self.shuffle:
-            order = epoch_order(self.num_sequences, self.fingerprint, self.seed, self.epoch)
-        else:
-            order = np.arange(self.num_sequences)
-        missing = len(self) // self.accumulation * self.global_batch - self.num_sequences
-        filled = np.concatenate([order, -1 - np.resize(order, missing)])
+        with enough_memory(f"an order of {self.num_sequences} sequences"):
+            if self.mix is not None:
+                order = self.mix.order(self.epoch)
+            elif self.shuffle:
+                order = epoch_order(self.num_sequences, self.fingerprint, self.seed, self.epoch)
+            else:
+                order = np.arange(self.num_sequences)
+            missing = len(self) // self.accumulation * self.global_batch - self.num_sequences
+            filled = np.concatenate([order, -1 - np.resize(order, missing)])
         dealt = filled.reshape(-1, self.accumulation, self.world_size, self.batch_size)
         for step in dealt[:, :, self.rank]:
             for micro_batch in step:

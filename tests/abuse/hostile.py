@@ -1,18 +1,27 @@
-"""S3: caches made to do harm. Each is read by a process of its own that may write nowhere, start nothing and use little memory.
+"""S3: caches made to do harm. Each is read by a process of its own that may start nothing, use little memory, and write only where it should.
 
 Every attack re-signs what it changed, as its author would: digests hold, so nothing but the checks on the content itself stands
-between the bytes and the reader.
+between the bytes and the reader. The reader verifies, describes, shows and decodes; makes tensors of a batch to train on; transcodes, into a
+folder of its own; then tidies up and repairs, and may delete what is a cache's and in the cache. Files of somebody else lie beside it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
+import hashlib
 import json
 import os
+import re
 import resource
 import shutil
+import signal
+import socket
 import sys
+import tempfile
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -20,15 +29,28 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 import zstandard
 
+from kdcache import config
 from kdcache.cache import jit, loops
-from kdcache.cache.commit import commit_name, load_codec, read_commits, read_plan, shard_name
+from kdcache.cache.commit import commit_name, load_codec, read_commits, read_plan, shard_name, table_name
 from kdcache.cache.frames import compress
-from kdcache.cache.manifest import Plan, parse, signed_json, to_json
-from kdcache.cache.reader import open_cache
+from kdcache.cache.garbage import collect_garbage, find_garbage
+from kdcache.cache.manifest import CacheSpec, Plan, derive_manifest, parse, signed_json, to_json
+from kdcache.cache.own_order import OwnOrder
+from kdcache.cache.reader import CacheReader, open_cache
 from kdcache.cache.shard import digest, schema
-from kdcache.cache.store import LocalStore
+from kdcache.cache.status import cache_status
+from kdcache.cache.store import LocalStore, hostname
+from kdcache.cache.transcode import TranscodeOptions, transcode
+from kdcache.cache.verify import repair, verify_cache
+from kdcache.cli.inspect import describe, show_sequence
+from kdcache.errors import CacheError, KDCacheError
+from kdcache.specs import canonical_json
+from kdcache.train.objective import BucketTargets
+from kdcache.train.stream import CacheDataset, KDBatchSampler, TargetDecoder, collate
+from tests.strategies import all_files
 
 MEMORY_BYTES = 2 << 30
 CPU_SECONDS = 60
@@ -200,18 +222,17 @@ def records(store: LocalStore, rng: np.random.Generator) -> str:
 
 def _with_fingerprint(store: LocalStore, data: bytes) -> bytes:
     """Where the changed plan is one that parses: shards and commits made to belong to it."""
-    from kdcache.errors import CacheError
-
     try:
         plan = parse(Plan, data, "plan")
         plan = plan.model_copy(update={"fingerprint": plan.spec.fingerprint})
-        kind = schema(load_codec(store, plan.spec), plan.fingerprint, 0)
     except (CacheError, ValueError, AssertionError, OverflowError, MemoryError):
         return data
     for commit in read_commits(store):
         store.replace(commit_name(commit.shard), to_json(commit.model_copy(update={"plan": plan.fingerprint})))
-    with contextlib.suppress(KeyError, pa.ArrowException, ValueError):
-        forge(store, kind)
+    with contextlib.suppress(
+        CacheError, KeyError, pa.ArrowException, ValueError, AssertionError, OverflowError, MemoryError
+    ):
+        forge(store, schema(load_codec(store, plan.spec), plan.fingerprint, 0))
     store.delete("manifest.json")
     return to_json(plan)
 
@@ -229,6 +250,290 @@ def junk(store: LocalStore, rng: np.random.Generator) -> str:
     return f"{name}: {data[:10]!r}"
 
 
+def tables(store: LocalStore, rng: np.random.Generator) -> str:
+    """Id tables, or the teacher's output head: not those that were named, or others that are, whose content holds nothing that it should."""
+    plan = read_plan(store)
+    digest_of_head = read_commits(store)[0].head_digest
+    name = table_name(plan.spec.codec.id_tables or digest_of_head or "")
+    data = store.read(name)
+    how = str(
+        rng.choice(["gone", "flip", "junk", "header", "shapes", "types", "values", "names", "swap", "cut", "nothing"])
+    )
+    if how == "gone":
+        store.delete(name)
+        return how
+    if how == "flip":
+        changed = bytearray(data)
+        changed[int(rng.integers(len(data)))] ^= 1 << int(rng.integers(8))
+        store.replace(name, bytes(changed))
+        return how
+    size = int.from_bytes(data[:8], "little")
+    header, content = json.loads(data[8 : 8 + size]), data[8 + size :]
+    key = str(rng.choice([key for key in header if key != "__metadata__"]))
+    if how == "junk":
+        data = rng.bytes(int(rng.integers(200)))
+    elif how == "header":
+        length = [0, 1, size - 1, size + 8, 2**31, 2**62, 2**64 - 1][int(rng.integers(7))]
+        data = length.to_bytes(8, "little") + data[8:]
+    elif how == "cut":
+        data = data[: int(rng.integers(len(data)))]
+    elif how == "values":
+        content = rng.bytes(len(content)) if rng.random() < 0.5 else b"\xff" * len(content)
+        data = _tensors(header, content)
+    elif how == "swap":
+        first, last = header[key]["data_offsets"]
+        kind = np.dtype({"U32": "<u4", "U16": "<u2", "BF16": "<u2", "F64": "<f8"}.get(header[key]["dtype"], "<u4"))
+        some = np.frombuffer(content, kind, count=(last - first) // kind.itemsize, offset=first).copy()
+        rng.shuffle(some)
+        data = _tensors(header, content[:first] + some.tobytes() + content[last:])
+    elif how == "nothing":
+        data = _tensors({}, b"")
+    else:
+        changes = {
+            "shapes": ("shape", [[0], [2**40], [2**32, 2**32], [1, 1, 1], [-1], []]),
+            "types": ("dtype", ["F64", "I8", "BOOL", "F8_E4M3", "C64", "U8"]),
+            "names": ("data_offsets", [[0, 0], [0, 2**62], [8, 0], [0, len(content)]]),
+        }
+        field, values = changes[how]
+        header[key][field] = values[int(rng.integers(len(values)))]
+        if how == "names" and rng.random() < 0.5:
+            header["x" * int(rng.integers(1, 1000))] = header.pop(key)
+        data = _tensors(header, content)
+    named = digest(data)
+    store.replace(table_name(named), data)
+    if plan.spec.codec.id_tables:
+        raw = json.loads(store.read("plan.json"))
+        raw["spec"]["codec"]["id_tables"] = named
+        raw.pop("record_digest")
+        store.replace("plan.json", _with_fingerprint(store, signed_json(raw)))
+    else:
+        for commit in read_commits(store):
+            store.replace(commit_name(commit.shard), to_json(commit.model_copy(update={"head_digest": named})))
+        store.delete("manifest.json")
+        store.replace("manifest.json", to_json(derive_manifest(plan, read_commits(store))))
+    return f"{how} of {key}"
+
+
+def _tensors(header: dict[str, Any], content: bytes) -> bytes:
+    """A safetensors file."""
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content
+
+
+def no_files(store: LocalStore, rng: np.random.Generator) -> str:
+    """Links, pipes, sockets, devices, folders in the place of files; links and files in the place of folders."""
+    outside = store.root.parent / OUTSIDE
+    store.replace("leases/00000.json", b"{}")
+    if rng.random() < 0.5:
+        names = [
+            "plan.json",
+            "manifest.json",
+            commit_name(0),
+            f"shards/{store.names_in('shards')[0]}",
+            "leases/00000.json",
+        ]
+        names += [f"tables/{name}" for name in store.names_in("tables")] * 2
+        path = store.root / str(rng.choice(names))
+        whole = path.read_bytes()
+        path.unlink()
+        how = str(
+            rng.choice(
+                ["same", "mine", "passwd", "nowhere", "loop", "zero", "full", "pipe", "socket", "folder", "proc"]
+            )
+        )
+        links = {"mine": outside / "leases" / "00000.json", "passwd": "/etc/passwd", "nowhere": "/no/such", "loop": path.name,
+                 "zero": "/dev/zero", "full": "/dev/full", "proc": "/proc/self/environ"}  # fmt: skip
+        if how == "same":
+            (outside / "same").write_bytes(whole)
+            path.symlink_to(outside / "same")
+        elif how == "pipe":
+            os.mkfifo(path)
+        elif how == "socket":
+            here = os.getcwd()
+            os.chdir(path.parent)  # a socket's path is short
+            with socket.socket(socket.AF_UNIX) as made:
+                made.bind(path.name)
+            os.chdir(here)
+        elif how == "folder":
+            path.mkdir()
+        else:
+            path.symlink_to(links[how])
+    else:
+        path = store.root / str(rng.choice(["commits", "shards", "tables", "leases", "tmp", "runs"]))
+        how = str(rng.choice(["same", "mine", "root", "parent", "self", "file", "pipe"]))
+        if path.exists():
+            path.rename(outside / "same")
+        elif how == "same":
+            (outside / "same").mkdir()
+        links = {"same": outside / "same", "mine": outside / path.name, "root": "/", "parent": "..", "self": "."}
+        if how in links:
+            path.symlink_to(links[how])
+        elif how == "file":
+            path.write_bytes(b"")
+        else:
+            os.mkfifo(path)
+    if rng.random() < 0.3 and not (store.root / "manifest.json").is_dir():
+        (store.root / "manifest.json").unlink(missing_ok=True)
+    return f"{path.name}: {how}"
+
+
+def huge(store: LocalStore, rng: np.random.Generator) -> str:
+    """Files of impossible size: holes, and records that go on and on."""
+    names = ["plan.json", "manifest.json", commit_name(0), "leases/00000.json", f"shards/{store.names_in('shards')[0]}"]
+    names += [f"tables/{name}" for name in store.names_in("tables")]
+    name = str(rng.choice(names))
+    if name.startswith("leases"):
+        store.replace(name, b"{}")
+    if name.startswith("commits"):
+        store.delete("manifest.json")
+    whole, path = store.read(name), store.root / name
+    how = str(rng.choice(["hole", "spaces", "list", "text", "keys"]))
+    if how == "hole":
+        path.unlink()
+        path.write_bytes(whole)
+        os.truncate(path, int(rng.choice([1 << 31, 1 << 33, 1 << 40, 1 << 43])))
+        return f"{name}: {how}"
+    size = int(rng.choice([3 << 20, 20 << 20]))
+    start = whole.rstrip()[:-1]
+    more = {
+        "spaces": whole + b" " * size, "list": start + b', "x": [' + b"0," * (size // 2) + b"0]}",
+        "text": start + b', "x": "' + b"x" * size + b'"}',
+        "keys": start + b"".join(b', "%d": 0' % i for i in range(size // 10)) + b"}",
+    }  # fmt: skip
+    store.replace(name, more[how])
+    return f"{name}: {how}"
+
+
+def arrow_bombs(store: LocalStore, rng: np.random.Generator) -> str:
+    """Compressed bodies, dictionaries, metadata in plenty, other numbers of batches: what Arrow would unpack on its own."""
+    plan = read_plan(store)
+    kind = schema(load_codec(store, plan.spec), plan.fingerprint, 0)
+    rows = pa.ipc.open_file(pa.py_buffer(shard_bytes(store))).get_batch(0).to_pylist()
+    how = str(
+        rng.choice(
+            ["zstd", "lz4", "dictionary", "metadata", "of the batch", "of a field", "batches", "none", "many fields"]
+        )
+    )
+    options, custom, batches = None, None, 1
+    size = int(rng.choice([10, 5_000, 1 << 20]))
+    if how in ("zstd", "lz4"):
+        options = pa.ipc.IpcWriteOptions(compression=how)
+        rows[0][str(rng.choice(kind.names[3:]))] = bytes(64 << 20)
+    elif how == "dictionary":
+        at = int(rng.integers(3, len(kind)))
+        kind = kind.set(at, pa.field(kind.names[at], pa.dictionary(pa.int32(), pa.large_binary()), nullable=False))
+    elif how == "metadata":
+        kind = kind.with_metadata(dict(kind.metadata) | {f"{i}": "x" * 100 for i in range(size // 100)})
+    elif how == "of the batch":
+        custom = {"ARROW:experimental_compression": "zstd", **{f"{i}": "x" * 100 for i in range(size // 100)}}
+    elif how == "of a field":
+        kind = kind.set(0, kind.field(0).with_metadata({"a": "x" * size}))
+    elif how == "batches":
+        batches = int(rng.integers(2, 50))
+    elif how == "none":
+        batches = 0
+    else:
+        kind = pa.schema([*kind, *(pa.field(f"{i}", pa.uint32()) for i in range(size // 100))], metadata=kind.metadata)
+    rows = [{**row, **{name: None for name in kind.names if name not in row}} for row in rows]
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, kind, options=options) as writer:
+        for _ in range(batches):
+            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=kind), custom_metadata=custom)
+    commit_again(store, 0, sink.getvalue().to_pybytes())
+    return f"{how}, {size}"
+
+
+def counts(store: LocalStore, rng: np.random.Generator) -> str:
+    """Numbers of sequences, bytes and shards that no cache has, in the manifest alone or in a commit too."""
+    number = int(rng.choice([-1, 0, 1, 2**31, 2**32, 2**32 + 1, 2**39, 2**40, 2**53, 2**62 - 1, 2**63, 10**18]))
+    field = str(rng.choice(["num_sequences", "num_bytes", "shard", "stats", "sealed", "rows"]))
+    raw = json.loads(store.read("manifest.json"))
+    at = int(rng.integers(len(raw["shards"]["shard"])))
+    if field == "sealed":
+        for column in raw["shards"].values():
+            column.pop(at)
+    elif field == "rows":
+        for column in raw["shards"].values():
+            column.append(column[at])
+    elif field == "stats":
+        key = str(rng.choice(list(raw["stats"])))
+        raw["stats"][key] = number
+        if rng.random() < 0.5:
+            commit = json.loads(store.read(commit_name(0)))
+            commit["stats"][key] = number
+            commit.pop("record_digest")
+            store.replace(commit_name(0), signed_json(commit))
+    else:
+        raw["shards"][field][at] = number
+        if field == "num_sequences" and rng.random() < 0.5:
+            commit = json.loads(store.read(commit_name(at)))
+            commit["stats"][field] = number
+            commit.pop("record_digest")
+            store.replace(commit_name(at), signed_json(commit))
+    raw.pop("record_digest")
+    store.replace("manifest.json", signed_json(raw))
+    if rng.random() < 0.3:
+        store.delete("manifest.json")
+    return f"{field} {number}"
+
+
+def nesting(store: LocalStore, rng: np.random.Generator) -> str:
+    """Lists in lists, to any depth: each step of reading a record has a limit of its own."""
+    name = str(rng.choice(["plan.json", "manifest.json", commit_name(0), "leases/00000.json"]))
+    if name.startswith("leases"):
+        store.replace(name, b'{"host": "x", "pid": 1, "expires": 1e300, "token": "x"}')
+    depth = int(rng.integers(1, 1100)) if rng.random() < 0.8 else 100_000
+    opened, closed = [("[", "]"), ('{"a":', "}")][int(rng.integers(2))]
+    nested = opened * depth + "0" + closed * depth
+    text = store.read(name).decode()
+    keys = re.findall(r'"(\w+)": ', text)
+    key = str(rng.choice(keys))
+    text = text.replace(f'"{key}": ', f'"{key}": {nested}, "x": ', 1)
+    if rng.random() < 0.7:
+        with contextlib.suppress(RecursionError, ValueError):
+            raw = json.loads(text)
+            raw.pop("record_digest", None)
+            signed = raw | {"record_digest": hashlib.sha256(canonical_json(raw)).hexdigest()[:32]}
+            text = json.dumps(signed)
+    store.replace(name, text.encode())
+    if name.startswith("commits"):
+        store.delete("manifest.json")
+    return f"{name}: {key}, {depth} deep"
+
+
+def distributions(store: LocalStore, rng: np.random.Generator) -> str:
+    """Ids that repeat or do not ascend, masses above one, tails above nothing: well formed, and no distribution."""
+    plan = read_plan(store)
+    codec = load_codec(store, plan.spec)
+    row = pa.ipc.open_file(pa.py_buffer(shard_bytes(store))).get_batch(0).to_pylist()[0]
+    content = {name: zstandard.ZstdDecompressor().decompress(row[name]) for name in codec.column_names}
+    if codec.renumbers:
+        # An id in the order has two codes: its place there, and the one that it would have otherwise.
+        number = int(rng.integers(1, min(codec.vocab_size, 200)))
+        some = np.sort(rng.choice(min(codec.vocab_size, 200), number, replace=False))
+        order = OwnOrder(some.astype(np.int64), rng.integers(0, 4, number).astype(np.uint8))
+        forge(store, frequent_gaps=compress(order.gaps()), frequent_steps=compress(order.steps))
+        return f"{number} frequent ids"
+    ids = np.frombuffer(content["token_ids"], "<u4").copy()
+    how = str(rng.choice(["same", "backwards", "one twice", "certain", "tail", "logz"]))
+    if how == "same":
+        ids[:] = ids[:1]
+    elif how == "backwards":
+        ids = ids[::-1].copy()
+    elif how == "one twice" and len(ids) > 1:
+        at = int(rng.integers(1, len(ids)))
+        ids[at] = ids[at - 1]
+    forged = {"token_ids": compress(ids)}
+    if not codec.frequencies:
+        numbers = {"certain": ("logprobs", 0.0), "tail": ("tails", 9e-5), "logz": ("logz", 1e38)}
+        if how in numbers:
+            name, value = numbers[how]
+            forged[name] = compress(np.full(len(content[name]) // 4, value, np.float32))
+    forge(store, **forged)
+    return how
+
+
 ATTACKS: dict[str, Callable[[LocalStore, np.random.Generator], str]] = {
     "frames with other content": frame_content,
     "bombs and lying frames": raw_frame,
@@ -236,22 +541,67 @@ ATTACKS: dict[str, Callable[[LocalStore, np.random.Generator], str]] = {
     "cells and schemas": arrow_cells,
     "records": records,
     "junk": junk,
+    "tables": tables,
+    "links, pipes and devices": no_files,
+    "files of impossible size": huge,
+    "bombs in Arrow's own form": arrow_bombs,
+    "counts": counts,
+    "nesting": nesting,
+    "no distributions": distributions,
+}
+# Of which caches an attack is one, where it is not of all.
+NEEDS: dict[str, Callable[[CacheSpec], bool]] = {
+    "tables": lambda spec: spec.codec.id_tables is not None or spec.targets.scheme == "hidden",
+    "no distributions": lambda spec: spec.targets.scheme != "hidden",
 }
 
 
 # --- the victim -------------------------------------------------------------------------------------------------------
 
 REFUSED, READ, FOUND_BY_VERIFY, HARM = 10, 11, 12, 13
+SECONDS = 120
+FILE_BYTES = 256 << 20
+# Beside the cache: files that are somebody's, under names that a cache has, and what a cache is made into.
+OUTSIDE, OUTPUT = "outside", "output"
+EVENTS = (
+    "subprocess.Popen", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.chmod", "os.chown", "os.truncate", "socket.connect",
+    "socket.getaddrinfo", "pickle.find_class", "ctypes.dlopen",
+)  # fmt: skip
+WRITES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink")
 
 
-def victim(folder: Path) -> int:
+class Warden:
+    """Watches what a process does, and ends it at what it may not: any program, any code, any writing but below some folders."""
+
+    def __init__(self) -> None:
+        self.writable: tuple[Path, ...] = ()
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            path, mode, flags = arguments
+            writes = (mode and set(mode) & set("wax+")) or (flags or 0) & (
+                os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+            )
+            wrong = (writes and not self._may_write(path)) or "passwd" in str(path)
+        elif event in WRITES:
+            paths = arguments[:2] if event in ("os.rename", "os.link", "os.symlink") else arguments[:1]
+            wrong = not all(self._may_write(path) for path in paths)
+        else:
+            wrong = event in EVENTS
+        if wrong:
+            os.write(2, f"HARM {event} {arguments}\n".encode())
+            os._exit(HARM)
+
+    def _may_write(self, path: Any) -> bool:
+        """Of the folder that it is really in."""
+        if not isinstance(path, str | os.PathLike):
+            return False
+        folder = Path(os.path.realpath(os.path.dirname(os.fspath(path))))
+        return any(folder.is_relative_to(allowed) for allowed in self.writable)
+
+
+def victim(folder: Path, warden: Warden, *, copies: bool) -> int:
     """What a user does with a cache from a stranger; an exit code. Anything but an error of ours is harm."""
-    from kdcache.cache.garbage import find_garbage
-    from kdcache.cache.status import cache_status
-    from kdcache.cache.verify import verify_cache
-    from kdcache.cli.inspect import describe, show_sequence
-    from kdcache.errors import CacheError
-
     store = LocalStore(folder)
     refused = 0
 
@@ -259,7 +609,7 @@ def victim(folder: Path) -> int:
         nonlocal refused
         try:
             return act()
-        except CacheError:
+        except KDCacheError:
             refused += 1
             return None
 
@@ -277,14 +627,52 @@ def victim(folder: Path) -> int:
                 assert np.isfinite(targets.logprobs).all() and (targets.logprobs <= 1e-4).all()
                 assert np.isfinite(targets.label_logprobs).all() and np.isfinite(targets.entropy).all()
                 assert (targets.tail_logprobs <= 1e-4).all()
+                position = np.repeat(np.arange(len(targets)), targets.num_entries)
+                assert (np.diff(position * (1 << 33) + targets.token_ids) > 0).all(), "ids ascend"
+                assert (np.bincount(position, np.exp(targets.logprobs), len(targets)) < 1.01).all()
             attempt(lambda index=index: show_sequence(reader, index, 4, 10))
             attempt(lambda index=index: reader.compact(index))
-    if refused:
-        return REFUSED
-    return READ if audit is not None and audit.intact else FOUND_BY_VERIFY
+        if len(reader):
+            attempt(lambda: train_a_batch(reader))
+    outcome = REFUSED if refused else READ if audit is not None and audit.intact else FOUND_BY_VERIFY
+    warden.writable = (folder.parent / OUTPUT,)
+    changes = {} if copies or reader is None else transcoding(reader.spec)
+    attempt(
+        lambda: transcode(TranscodeOptions(cache=str(folder), output=str(folder.parent / OUTPUT / "cache"), **changes))
+    )
+    warden.writable = (folder,)
+    attempt(lambda: collect_garbage(store))
+    if audit is not None:
+        attempt(lambda: repair(store, audit))
+    return outcome
 
 
-def confined(folder: Path, report: Path) -> int:
+def train_a_batch(reader: CacheReader) -> None:
+    """The first micro-batch of a run, as far as the student: tensors on the device."""
+    batch = batch_of(reader)
+    targets = TargetDecoder.for_cache(reader, 1.0, torch.device("cpu")).decode(batch)
+    assert int(batch["input_ids"].max()) < reader.vocab_size
+    if isinstance(targets, BucketTargets):
+        assert not len(targets) or int(targets.token_ids.max()) < reader.vocab_size
+        assert not targets.logprobs.isnan().any() and not (targets.logprobs > 1e-4).any()
+        assert targets.ratios is None or targets.ratios.isfinite().all()
+
+
+def batch_of(reader: CacheReader) -> dict[str, Any]:
+    """The tensors of the first micro-batch."""
+    dataset = CacheDataset(reader)
+    first = next(iter(KDBatchSampler(len(dataset), 4, fingerprint=dataset.fingerprint)))
+    return collate([dataset[index] for index in first])
+
+
+def transcoding(spec: CacheSpec) -> dict[str, Any]:
+    """Options of a transcoding that decodes and encodes, where there is one that is short; a copy elsewhere."""
+    if spec.targets.scheme == "hidden" or (spec.codec.name == "packed" and spec.targets.num_draws):
+        return {}
+    return {"codec": "packed"} if spec.codec.name == "exact" else {"top_k": max(1, spec.targets.k // 2)}
+
+
+def confined(folder: Path, report: Path, *, copies: bool) -> int:
     """Run :func:`victim` in a child with little memory and time, no writing, no processes, no code; its exit code."""
     child = os.fork()
     if child:
@@ -297,18 +685,13 @@ def confined(folder: Path, report: Path) -> int:
             used = int(file.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, used + MEMORY_BYTES))
         resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
-
-        def watch(event: str, arguments: tuple[Any, ...]) -> None:
-            writes = event == "open" and isinstance(arguments[1], str) and any(c in arguments[1] for c in "wax+")
-            elsewhere = event == "open" and isinstance(arguments[0], str) and "passwd" in arguments[0]
-            acts = event in ("subprocess.Popen", "os.system", "os.exec", "os.remove", "os.rename", "os.mkdir", "os.link",
-                             "os.symlink", "socket.connect", "pickle.find_class", "ctypes.dlopen")  # fmt: skip
-            if writes or elsewhere or acts:
-                os.write(2, f"HARM {event} {arguments}\n".encode())
-                os._exit(HARM)
-
-        sys.addaudithook(watch)
-        code = victim(folder)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
+        signal.alarm(SECONDS)  # one that waits takes no processor's time
+        os.fsync = lambda descriptor: None
+        warnings.simplefilter("ignore")
+        warden = Warden()
+        sys.addaudithook(warden)
+        code = victim(folder.resolve(), warden, copies=copies)
     except BaseException:  # noqa: BLE001
         traceback.print_exc()
     finally:
@@ -316,7 +699,7 @@ def confined(folder: Path, report: Path) -> int:
 
 
 def watch_loops(sound: list[Path]) -> bool:
-    """Compile the codec's loops with every index checked, by reading what is sound; False where numba is not installed.
+    """Compile the codec's loops with every index checked, by reading and transcoding what is sound; False where numba is not installed.
 
     An index past the end is then an error of its own, and harm, instead of whatever lies there.
     """
@@ -329,8 +712,13 @@ def watch_loops(sound: list[Path]) -> bool:
     jit._functions = lambda: watched
     use_loops(True)
     for path in sound:
-        for row in open_cache(path):
+        with tempfile.TemporaryDirectory() as folder:
+            spec = read_plan(LocalStore(path)).spec
+            transcode(TranscodeOptions(cache=str(path), output=f"{folder}/cache", **transcoding(spec)))
+        reader = open_cache(path)
+        for row in reader:
             assert len(row.sequence)
+        assert batch_of(reader)
     return True
 
 
@@ -346,21 +734,45 @@ def campaign(sound: list[Path], root: Path, *, number: int, seed: int) -> dict[s
         Attack to outcome to how often: ``refused``, ``found by verify``, ``read`` (nothing wrong could be told), and
         ``HARM``: any other error, a crash, too much memory or time, a write, a process.
     """
+    torch.set_num_threads(1)
     rng = np.random.default_rng(seed)
     words = {REFUSED: "refused", READ: "read", FOUND_BY_VERIFY: "found by verify"}
     table: dict[str, Counter[str]] = {}
     has_loops = watch_loops(sound)
+    specs = {path: read_plan(LocalStore(path)).spec for path in sound}
+    config.library_versions = functools.cache(config.library_versions)
+    config.library_versions()
+    gc.freeze()  # or each child looks through all that its parent ever made
     for name, attack in ATTACKS.items():
         table[name] = Counter()
+        fitting = [path for path in sound if name not in NEEDS or NEEDS[name](specs[path])]
         for attempt_number in range(number):
             use_loops(has_loops and attempt_number % 2 == 1)
             cache = root / "cache"
-            shutil.rmtree(cache, ignore_errors=True)
-            shutil.copytree(sound[int(rng.integers(len(sound)))], cache)
+            for folder in (cache, root / OUTSIDE, root / OUTPUT):
+                shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(fitting[int(rng.integers(len(fitting)))], cache)
+            (root / OUTPUT).mkdir()
+            somebodys_files(root / OUTSIDE)
             what = attack(LocalStore(cache), rng)
-            code = confined(cache, root / "report")
+            before = all_files(root / OUTSIDE)
+            code = confined(cache, root / "report", copies=attempt_number % 4 > 1)
+            if all_files(root / OUTSIDE) != before:
+                code, what = HARM, f"{what}: files outside are others now"
             table[name][words.get(code, "HARM")] += 1
             if code not in words:
                 report = (root / "report").read_text(errors="replace")[-1500:]
                 print(f"{name}, {what}: exit code {code}\n{report}", file=sys.stderr)
     return table
+
+
+def somebodys_files(folder: Path) -> None:
+    """Files with names that a cache has, and what no cache has."""
+    names = {
+        "commits": ["00000.json"], "leases": ["00000.json", "letter.txt"], "runs": ["x.yaml"], "tables": ["ab" * 16 + ".safetensors"],
+        "shards": ["00000-" + "ab" * 16 + ".arrow"], "tmp": [f"{hostname()}~4194309~{'0' * 32}"],
+    }  # fmt: skip
+    for inner, files in names.items():
+        (folder / inner).mkdir(parents=True)
+        for file in files:
+            (folder / inner / file).write_bytes(b"{}")

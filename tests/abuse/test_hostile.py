@@ -15,21 +15,22 @@ root = Path(sys.argv[1])
 sound = [root / "packed", root / "exact"]
 for path in sound:
     write_cache(path, make_plan(codec__name=path.name))
-sound += [GOLDEN / name for name in ("packed-top_k-id-tables", "packed-frequencies-id-tables", "packed-sampled")]
-print(json.dumps(campaign(sound, root, number=25, seed=0)))
+sound += [GOLDEN / name for name in ("packed-top_k-id-tables", "packed-frequencies-id-tables", "packed-sampled", "hidden-bfloat16")]
+print(json.dumps(campaign(sound, root, number=8, seed=0)))
 """
 
 
 def test_caches_from_strangers(tmp_path):
-    """Refused, found, or read as something that could have been written; no crash, no other error, no writing, no code."""
+    """Refused, found, or read as something that could have been written; no crash, no other error, no code, nothing written or deleted outside."""
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path)],
         capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=280, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     table = json.loads(done.stdout)
-    assert len(table) == 6
+    assert len(table) == 13
     for attack, outcomes in table.items():
         assert "HARM" not in outcomes, (attack, done.stderr)
-        assert outcomes["refused"] >= 10, (attack, outcomes)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "exact", "packed", "report"]
+        assert outcomes["refused"] >= 3, (attack, outcomes)
+    left = ["cache", "exact", "output", "outside", "packed", "report"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left

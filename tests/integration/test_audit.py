@@ -1,13 +1,17 @@
 """``verify --against-teacher``: a cache that says what its teacher says passes, any other does not."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
+from transformers import AutoModelForCausalLM
 
-from kdcache.cache.commit import commit_shard, publish_plan, read_commit, read_plan, seal
+from kdcache.cache.commit import commit_shard, publish_plan, read_commit, read_commits, read_plan, seal
+from kdcache.cache.manifest import derive_manifest, to_json
 from kdcache.cache.reader import open_cache
 from kdcache.cache.shard import ShardBuilder
 from kdcache.cache.store import LocalStore
@@ -15,9 +19,9 @@ from kdcache.cli import main
 from kdcache.dump.audit import against_teacher
 from kdcache.dump.launch import dump
 from kdcache.dump.options import DumpOptions
-from kdcache.errors import CacheMismatchError
+from kdcache.errors import CacheMismatchError, ConfigError
 from kdcache.targets import SparseTargets
-from tests.conftest import make_llama
+from tests.conftest import make_llama, texts
 
 SCHEMES = {
     "packed": {"top_k": 16},
@@ -95,3 +99,58 @@ def test_the_command(caches, tiny_teacher, tmp_path):
         moved.rename(tiny_teacher)
     assert about.exit_code == 0, about.output
     assert json.loads(about.stdout)["against_teacher"]["num_sequences"] == len(open_cache(caches / "hidden"))
+
+
+def renamed(cache, path, name):
+    """The same cache, whose author says that its teacher has another name; a name does not count."""
+    shutil.copytree(cache, path)
+    store = LocalStore(path)
+    plan = read_plan(store)
+    spec = plan.spec.model_copy(update={"teacher": plan.spec.teacher.model_copy(update={"name": name})})
+    plan = plan.model_copy(update={"spec": spec})
+    store.replace("plan.json", to_json(plan))
+    store.replace("manifest.json", to_json(derive_manifest(plan, read_commits(store))))
+    return store
+
+
+@pytest.mark.parametrize("command", [["inspect", "--sequence", "0"], ["verify", "--shallow", "--against-teacher", "2"]])
+def test_nothing_that_a_cache_names_is_imported(caches, tiny_teacher, tmp_path, monkeypatch, command):
+    """The author of a cache chooses the teacher's name."""
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / "__init__.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    store = renamed(caches / "packed", tmp_path / "cache", "package:evil.model")
+    done = CliRunner().invoke(main, [*command, str(store)])
+    assert done.exit_code == (0 if command[0] == "inspect" else 1), done.output
+    assert (
+        "not installed" in done.output
+        and "pip install" not in done.output
+        and ("showing token ids" if command[0] == "inspect" else "--teacher") in done.output
+    )
+    assert not (tmp_path / "ran").exists()
+    named = "--tokenizer" if command[0] == "inspect" else "--teacher"
+    done = CliRunner().invoke(main, [*command, named, tiny_teacher, str(store)])
+    assert done.exit_code == 0, done.output
+
+
+def test_weights_that_a_cache_names_are_no_pickles(tiny_teacher, tmp_path):
+    pickled = tmp_path / "pickled"
+    shutil.copytree(tiny_teacher, pickled)
+    model = AutoModelForCausalLM.from_pretrained(tiny_teacher)
+    torch.save(model.state_dict(), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    store, corpus = LocalStore(tmp_path / "cache"), tmp_path / "texts.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(6)))
+    dump(DumpOptions(teacher=str(pickled), dataset=str(corpus), seq_len=32, threads=1, top_k=4, output=str(store)))
+    refused = CliRunner().invoke(main, ["verify", "--against-teacher", "2", str(store)])
+    assert refused.exit_code == 1 and "--teacher names a model" in refused.output, refused.output
+    named = CliRunner().invoke(main, ["verify", "--against-teacher", "2", "--teacher", str(pickled), str(store)])
+    assert named.exit_code == 0, named.output
+
+
+def test_an_attention_that_is_a_repository_is_refused(caches):
+    """transformers would run its code."""
+    reader = open_cache(caches / "packed")
+    reader.spec.teacher.__dict__["attention"] = "kernels-community/flash-attn"
+    with pytest.raises(ConfigError, match="is none of transformers' own"):
+        against_teacher(reader, 2)

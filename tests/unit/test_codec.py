@@ -274,7 +274,7 @@ def test_id_width(name, vocab_size):
         base,
         num_entries=counts,
         token_ids=np.concatenate([np.array(row, np.int64) for row in rows]).astype(np.uint32),
-        logprobs=np.full(total, -3, np.float32),
+        logprobs=np.full(total, -6, np.float32),
     )
     codec = Codec(name, vocab_size, targets.temperatures, 7)
     assert (through(codec, targets).token_ids == targets.token_ids).all()
@@ -439,6 +439,54 @@ def test_nan_and_inf_are_refused_by_the_reader(field, value):
     array.flat[-1] = value
     with pytest.raises(CacheCorruptError):
         codec.decode({**frames, field: compress(array)}, 5, "x")
+
+
+@pytest.mark.parametrize(
+    "ids", [[3, 3, 5, 9, 11, 40], [3, 5, 5, 9, 11, 40], [3, 2, 5, 9, 11, 40], [3, 5, 6, 41, 11, 40]]
+)
+def test_exact_ids_that_do_not_ascend_are_refused_by_the_reader(ids):
+    """Three, none, two and one at a position; a larger id may be followed by a smaller one of the next."""
+    counts = np.array([3, 0, 2, 1], np.uint32)
+    base = targets_from_logits(np.zeros((4, 50)), np.zeros(4, int), 1)
+    targets = changed(
+        base,
+        num_entries=counts,
+        token_ids=np.array([3, 5, 9, 2, 40, 11], np.uint32),
+        logprobs=np.full(6, -9, np.float32),
+    )
+    codec = Codec("exact", 50, targets.temperatures, 3)
+    frames = codec.encode(targets)
+    assert (codec.decode(frames, 4, "x").token_ids == targets.token_ids).all()
+    with pytest.raises(CacheCorruptError, match="token_ids: ids that do not ascend"):
+        codec.decode(frames | {"token_ids": compress(np.array(ids, "<u4"))}, 4, "shard 00000, sequence 1")
+
+
+def test_exact_masses_above_one_are_refused():
+    targets = targets_from_logits(np.zeros((3, 50)), np.zeros(3, int), 4)
+    codec = Codec("exact", 50, targets.temperatures, 4)
+    frames = codec.encode(changed(targets, logprobs=np.repeat(np.float32([-9, -1, -9]), 4)))
+    with pytest.raises(CacheCorruptError, match="have mass 2.39"):
+        codec.decode(frames, 3, "x").expand(codec.temperatures)
+
+
+def test_an_exact_tail_above_nothing_leaves_nothing():
+    """Rounding may lift it above 0, whose ``log(1 - exp(tail))`` is no number."""
+    targets = targets_from_logits(np.zeros((3, 50)), np.zeros(3, int), 4)
+    codec = Codec("exact", 50, targets.temperatures, 4)
+    frames = codec.encode(changed(targets, tail_logprobs=np.full((3, len(codec.temperatures)), 9e-5, np.float32)))
+    assert (codec.decode(frames, 3, "x").tails == 0).all()
+
+
+@pytest.mark.parametrize("name", ["exact", "packed"])
+def test_more_entries_than_a_sequence_has(name, monkeypatch):
+    targets = targets_from_logits(np.zeros((3, 50)), np.zeros(3, int), 4)
+    codec = Codec(name, 50, targets.temperatures, 4)
+    frames = codec.encode(targets)
+    monkeypatch.setattr("kdcache.cache.columns.MAX_ENTRIES", 11)
+    with pytest.raises(CacheCorruptError, match="12 entries, a sequence has at most 11"):
+        codec.decode(frames, 3, "x")
+    with pytest.raises(ConfigError, match="at most 11 entries, found 12"):
+        codec.encode(targets)
 
 
 def test_packed_frames_that_cannot_have_been_written():

@@ -113,7 +113,7 @@ def test_a_damaged_orphan_is_replaced(store):
 
 
 def test_an_orphan_that_cannot_be_read_is_replaced(store):
-    """The kernel answers this read with EIO, as a bad sector would."""
+    """Nor is what it leads to."""
     data, _ = build_shard(PLAN, 1)
     name = shard_name(1, digest(data))
     (store.root / "shards").mkdir()
@@ -259,6 +259,12 @@ def test_a_lease_of_a_dead_process_is_stale(store):
 )
 def test_a_lease_that_cannot_be_read_is_stale(store, junk):
     store.put_if_absent("leases/00001.json", junk)
+    assert claim(store, 1) is not None
+
+
+@pytest.mark.parametrize("number", [{"pid": float("inf")}, {"expires": 10**400}])
+def test_a_lease_with_a_number_past_all_bounds_is_stale(store, number):
+    leave_lease(store, host="elsewhere", **number)
     assert claim(store, 1) is not None
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdcache.cache.frames import compress, decompress, read_array
-from kdcache.errors import CacheCorruptError
+from kdcache.errors import CacheCorruptError, ConfigError
 
 
 @given(st.binary(max_size=5000))
@@ -98,6 +98,13 @@ def test_junk(junk):
 def test_another_number_of_elements(count):
     with pytest.raises(CacheCorruptError, match="lowest_level"):
         read_array(compress(np.zeros(10, np.float32)), np.float32, what="lowest_level", count=count)
+
+
+def test_more_than_a_frame_holds_is_not_written(monkeypatch):
+    monkeypatch.setattr("kdcache.cache.frames.MAX_FRAME_BYTES", 10)
+    assert compress(bytes(10))
+    with pytest.raises(ConfigError, match="at most 10 bytes, found 11"):
+        compress(bytes(11))
 
 
 def test_half_an_element():

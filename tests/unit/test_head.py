@@ -11,7 +11,7 @@ from kdcache.heads import OutputHead
 from kdcache.train import head as head_module
 from kdcache.train.head import kd_loss
 from kdcache.train.kernel import chunk_loss
-from kdcache.train.losses import make_divergence
+from kdcache.train.losses import LOSSES, make_divergence
 from kdcache.train.objective import PARTS, BucketTargets, FullTargets, MixedTargets, Objective
 
 N, D, V = 37, 8, 50
@@ -364,3 +364,25 @@ def test_calibration_error_by_hand():
     sums = kd_loss(logits, None, torch.tensor([0, 0, 1, 2]), Objective(0.0))
     assert sums.calibration.sum(0).tolist() == pytest.approx([4, 4, 2])
     assert calibration_error(sums.calibration) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("drawn", [False, True])
+@pytest.mark.parametrize("repeats", [2, 7])
+@pytest.mark.parametrize("has_tail", [False, True])
+def test_an_id_that_stands_twice_does_no_harm_of_another_kind(name, drawn, repeats, has_tail):
+    """A stranger's packed cache may hold one that ``verify`` finds and training does not look for: wrong numbers, all of them finite."""
+    hidden, head, teacher, labels = model_and_teacher(bias=True)
+    sound = buckets(teacher, 7, 2.0)
+    ids = sound.token_ids.clone()
+    ids[:, -repeats:] = ids[:, -repeats:][:, :1]
+    tail = sound.tail_logprobs if has_tail else torch.full_like(sound.tail_logprobs, -torch.inf)
+    targets = BucketTargets(
+        ids, sound.logprobs, tail, torch.rand_like(sound.logprobs) if drawn else None, temperature=2.0
+    )
+    divergence = LOSSES[name]()
+    if drawn and divergence.on_draws is None:
+        pytest.skip(f"{name} is not taken from draws")
+    ours = kd_loss(hidden, targets, labels, Objective(0.5, 2.0, divergence), head=head, chunk_positions=10)
+    for numbers in (ours.loss, ours.parts, *grads_of(ours.loss, hidden, head)):
+        assert torch.isfinite(numbers).all()

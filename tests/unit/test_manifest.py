@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 import json
 
@@ -152,6 +153,37 @@ def test_columns_of_unequal_length():
     fields["shards"]["digest"].pop()
     with pytest.raises(CacheFormatError, match="columns have one length"):
         parse(Manifest, signed_json(fields), "x")
+
+
+@pytest.mark.parametrize("numbers", [[(1 << 62) - 1] * 2, [(1 << 32) + 1, 0]])
+def test_more_sequences_than_can_be_numbered(numbers):
+    """A reader sums them in 64 bits, and a permutation of them is made to train."""
+    fields = derive_manifest(make_plan(), [commit(0), commit(1)]).model_dump(mode="json")
+    fields["shards"]["num_sequences"] = numbers
+    with pytest.raises(CacheFormatError, match="sequences a shard"):
+        parse(Manifest, signed_json(fields), "x")
+
+
+@pytest.mark.parametrize("field", ["format_version", "record_digest", "spec", "unknown"])
+def test_no_depth_of_nesting_is_an_error_of_another_kind(field):
+    """Python's own limit is met at another depth by whatever goes through the record first."""
+    whole = to_json(make_plan()).decode()
+    for depth in [*range(1, 200, 20), *range(200, 1100), 100_000]:
+        nested = "[" * depth + "]" * depth
+        text = whole.replace("{", f'{{"{field}": {nested}, ', 1) if field == "unknown" else whole.replace(
+            f'"{field}": ', f'"{field}": {nested}, "x": ', 1)  # fmt: skip
+        with pytest.raises((CacheFormatError, CacheCorruptError)):
+            parse(Plan, text.encode(), "x")
+        try:
+            fields = json.loads(text)
+            fields.pop("record_digest", None)
+            signed = fields | {"record_digest": hashlib.sha256(canonical_json(fields)).hexdigest()[:32]}
+            data = json.dumps(signed).encode()
+        except (ValueError, RecursionError):
+            continue
+        if field != "record_digest":
+            with pytest.raises(CacheFormatError):
+                parse(Plan, data, "x")
 
 
 def test_an_edited_record():

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from kdcache.errors import ConfigError, ModelError
-from kdcache.model_files import find_model, model_digest
+from kdcache.model_files import find_model, find_named_model, model_digest
 from kdcache.models import (
     describe_model,
     describe_tokenizer,
@@ -51,6 +51,61 @@ def test_a_gguf_file_is_named_by_folder_and_file(tmp_path):
 def test_what_is_not_there_is_said_before_anything_is_loaded(tmp_path, name, message):
     with pytest.raises(ModelError, match=message):
         find_model(name.format(tmp=tmp_path))
+
+
+@pytest.mark.parametrize("name", ["package:innocent.model", "package:innocent", "package:..innocent", "package:"])
+def test_a_package_is_found_without_being_imported(tmp_path, monkeypatch, name):
+    """Its name may stand in a stranger's file: neither it nor what its name begins with is run."""
+    (tmp_path / "innocent" / "model").mkdir(parents=True)
+    for folder in ("innocent", "innocent/model"):
+        (tmp_path / folder / "__init__.py").write_text("raise SystemExit('was run')")
+        (tmp_path / folder / "m.gguf").write_bytes(b"GGUF")
+    monkeypatch.syspath_prepend(tmp_path)
+    if name == "package:innocent":
+        assert find_model(name).folder_or_name == str(tmp_path / "innocent")
+    else:
+        with pytest.raises(ModelError, match="is not installed"):
+            find_model(name)
+
+
+def test_the_working_directory_holds_no_packages(tmp_path, monkeypatch):
+    (tmp_path / "lying_about").mkdir()
+    (tmp_path / "lying_about" / "m.gguf").write_bytes(b"GGUF")
+    for entry in ("", ".", str(tmp_path)):
+        monkeypatch.syspath_prepend(entry)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="is not installed"):
+        find_model("package:lying_about")
+
+
+def test_of_a_model_that_only_a_file_names_data_on_this_machine_are_read(tmp_path, tiny_teacher, monkeypatch):
+    source = find_named_model(tiny_teacher)
+    assert model_digest(source) == model_digest(find_model(tiny_teacher))
+    load_tokenizer(source)
+    load_model(source, dtype=torch.float32)
+    pickled = tmp_path / "pickled"
+    shutil.copytree(tiny_teacher, pickled)
+    torch.save({}, pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_model(find_named_model(str(pickled)), dtype=torch.float32)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": tiny_teacher}))
+    assert find_model(str(adapter)).adapter
+    with pytest.raises(ModelError, match="is an adapter"):
+        find_named_model(str(adapter))
+
+
+def test_of_a_model_that_only_a_file_names_nothing_is_fetched(monkeypatch):
+    import huggingface_hub
+
+    real, asked = huggingface_hub.hf_hub_download, []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **more: asked.append(more) or real(*a, **more))
+    source = find_named_model("nobody/has-this-model")
+    with pytest.raises(ModelError):
+        model_digest(source)
+    assert asked[0]["local_files_only"] and source.load_arguments == {"local_files_only": True}
 
 
 def test_a_folder_with_a_gguf_file_says_to_name_it(tmp_path):

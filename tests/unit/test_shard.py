@@ -229,6 +229,73 @@ def test_more_than_one_batch():
             read(sink.getvalue())
 
 
+@pytest.mark.parametrize("codec", ["zstd", "lz4"])
+def test_a_compressed_body_is_refused_before_it_is_unpacked(codec):
+    """A few KB that say they become gigabytes."""
+
+    def bomb(columns):
+        columns["input_ids"] = pa.array([bytes(64 << 20)] * 3, pa.large_binary())
+
+    data = rebuilt(bomb, options=pa.ipc.IpcWriteOptions(compression=codec))
+    assert data.size < 2_000_000
+    held = pa.total_allocated_bytes()
+    with pytest.raises(CacheCorruptError, match="a plain record batch was expected"):
+        read(data)
+    assert pa.total_allocated_bytes() <= held
+    pool = pa.default_memory_pool()
+    assert pool.max_memory() < 1 << 30
+
+
+def with_metadata(of_schema, of_batch):
+    batch = pa.ipc.open_file(pa.py_buffer(build_shard(make_plan(), 1)[0])).get_batch(0)
+    schema_ = batch.schema.with_metadata(dict(batch.schema.metadata) | of_schema)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema_) as writer:
+        writer.write_batch(batch.replace_schema_metadata(schema_.metadata), custom_metadata=of_batch or None)
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("of_schema", "of_batch", "message"),
+    [
+        ({}, {"ARROW:experimental_compression": "zstd"}, "plain record batch"),
+        ({}, {"a": "b"}, "plain record batch"),
+        ({}, {"a": "b" * 10_000}, "metadata of at most"),
+        ({"a": "b"}, {}, "schema or origin differ"),
+        ({"a": "b" * 10_000}, {}, "metadata of at most"),
+    ],
+)
+def test_metadata_of_strangers(of_schema, of_batch, message):
+    """A table of offsets may name one long string as often as it likes: metadata are small, or Arrow does not see them."""
+    with pytest.raises(CacheCorruptError, match=message):
+        read(with_metadata(of_schema, of_batch))
+
+
+def test_dictionaries_are_refused():
+    def dictionary(columns):
+        columns["num_positions"] = pa.array([1, 2, 3], pa.uint32()).dictionary_encode()
+
+    with pytest.raises(CacheCorruptError, match="shard 00001"):
+        read(rebuilt(dictionary))
+
+
+def test_every_byte_of_metadata_may_be_changed():
+    """By someone who signs it: refused, or the same rows."""
+    whole = bytes(build_shard(make_plan(), 1)[0])
+    sound = read(whole).content_hashes().tolist()
+    rng = np.random.default_rng(0)
+    for place in [*range(3000), *range(len(whole) - 200, len(whole))]:
+        data = bytearray(whole)
+        data[place] ^= 1 << int(rng.integers(8))
+        try:
+            reader = read(bytes(data))
+        except CacheCorruptError:
+            continue
+        assert len(reader.content_hashes()) == len(reader) <= len(whole)
+        if place < 8:
+            assert reader.content_hashes().tolist() == sound
+
+
 @pytest.mark.parametrize("junk", [b"x", b"ARROW1", b"ARROW1\0\0" + bytes(200), bytes(1000)])
 def test_not_an_arrow_file(junk):
     with pytest.raises(CacheCorruptError, match="shard 00001"):

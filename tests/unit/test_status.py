@@ -7,7 +7,7 @@ import time
 import pytest
 from click.testing import CliRunner
 
-from kdcache.cache.commit import commit_name, publish_plan, read_commit, shard_name
+from kdcache.cache.commit import commit_name, publish_plan, read_commit, seal, shard_name
 from kdcache.cache.garbage import collect_garbage, find_garbage
 from kdcache.cache.lease import LEASE_SECONDS, claim
 from kdcache.cache.manifest import to_json
@@ -112,6 +112,50 @@ def test_what_lost_goes_and_what_may_still_win_stays(store):
     assert not store.exists(lost) and store.exists(maybe) and store.exists(live.name)
     assert store.exists("shards/notes.txt")
     assert find_garbage(store) == []
+
+
+def test_only_what_has_a_name_of_ours_goes(tmp_path):
+    """Also where it lies where only our files should."""
+    store = write_cache(tmp_path)
+    lost = "leases/00001.json", "tables/" + "cd" * 16 + ".safetensors"
+    kept = ("leases/notes.txt", "leases/000001.json", "leases/\u0660\u0660\u0660\u0660\u0661.json", "tables/model.safetensors",
+            "shards/000001-" + "ab" * 16 + ".arrow", "shards/model.arrow")  # fmt: skip
+    for name in (*lost, *kept):
+        store.replace(name, b"x")
+    assert find_garbage(store) == sorted(lost)
+    collect_garbage(store)
+    store.replace(lost[0], b"x")
+    seal(store)
+    assert not any(store.exists(name) for name in lost) and all(store.exists(name) for name in kept)
+
+
+def test_a_live_lease_under_another_spelling_is_none(store):
+    lease(store, 1)
+    store.replace("leases/000001.json", b"{}")
+    status = cache_status(store)
+    assert [holder.shard for holder in status.in_flight] == [1] and not status.stale
+    assert find_garbage(store) == []
+
+
+@pytest.mark.parametrize("folder", ["leases", "tables", "shards", "commits", "tmp"])
+def test_nothing_is_deleted_behind_a_link(tmp_path, folder):
+    store = write_cache(tmp_path / "cache")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    files = (
+        "00000.json",
+        "x.txt",
+        "ab" * 16 + ".safetensors",
+        "00000-" + "ab" * 16 + ".arrow",
+        f"{hostname()}~4194309~{'0' * 32}",
+    )
+    for name in files:
+        (mine / name).write_bytes(b"mine")
+    (store.root / folder).rename(tmp_path / "before") if (store.root / folder).exists() else None
+    (store.root / folder).symlink_to(mine)
+    for command in (["gc"], ["gc", "--dry-run"], ["verify", "--repair"], ["status"]):
+        CliRunner().invoke(main, [*command, str(store.root)])
+    assert sorted(os.listdir(mine)) == sorted(files)
 
 
 def test_a_writer_stopped_past_its_lease_still_finds_its_file(store):

@@ -230,6 +230,99 @@ def test_what_stands_where_a_folder_should_is_said(store, act, target, folder):
         getattr(store, act)("leases/00000.json", b"1")
 
 
+def test_a_root_that_leads_nowhere_is_said(tmp_path):
+    """Scratch that is not mounted: not tried for ever."""
+    (tmp_path / "cache").symlink_to(tmp_path / "unmounted" / "cache")
+    for act in (LocalStore(tmp_path / "cache").put_if_absent, LocalStore(tmp_path / "cache" / "below").replace):
+        with pytest.raises(StoreError, match=r"cannot write commits/00000.json \(Not a directory\)"):
+            act("commits/00000.json", b"1")
+
+
+def test_a_root_may_be_a_link(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "cache").symlink_to("there")
+    store = LocalStore(tmp_path / "cache")
+    assert store.put_if_absent("commits/00000.json", b"1")
+    assert store.names_in("commits") == ["00000.json"] and store.read("commits/00000.json") == b"1"
+    store.delete("commits/00000.json")
+    assert all_files(tmp_path / "there") == {}
+
+
+def test_a_folder_in_it_may_not(store, tmp_path):
+    """It may lead to anybody's files, and a cache may come from a stranger."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "00000.json").write_text("mine")
+    store.root.mkdir()
+    for folder in ("leases", "tmp"):
+        (store.root / folder).symlink_to(mine)
+    name = "leases/00000.json"
+    for act in (
+        lambda: store.read(name), lambda: store.map(name, 4), lambda: store.names_in("leases"), lambda: store.delete(name),
+        lambda: store.put_if_absent("leases/1", b""), lambda: store.replace(name, b""), lambda: store.replace("x", b""),
+        store.remove_abandoned,
+    ):  # fmt: skip
+        with pytest.raises(StoreError):
+            act()
+    store.remove_empty("leases")
+    assert all_files(mine) == {"00000.json": b"mine"}
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "loop", "device", "pipe", "socket"])
+def test_only_files_are_read(store, tmp_path, kind):
+    """No link is followed, and no pipe or device waited for."""
+    import socket
+
+    store.root.mkdir()
+    path = store.root / "x"
+    (tmp_path / "secret").write_bytes(b"abc")
+    links = {"link": "../secret", "dangling": "nowhere", "loop": "x", "device": "/dev/zero"}
+    if kind in links:
+        path.symlink_to(links[kind])
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(os.path.relpath(path))
+    for ask in (lambda: store.read("x"), lambda: store.map("x", 3)):
+        with pytest.raises(StoreError):
+            ask()
+
+
+def test_what_the_hub_fetched_is_read(tmp_path):
+    """huggingface_hub keeps files under the names of their digests, and links to them."""
+    blob = tmp_path / "blobs" / ("ab" * 32)
+    blob.parent.mkdir()
+    blob.write_bytes(b"abc")
+    store = LocalStore(tmp_path / "snapshots" / "revision")
+    (store.root / "commits").mkdir(parents=True)
+    (store.root / "commits" / "x").symlink_to(f"../../../blobs/{blob.name}")
+    assert store.read("commits/x") == b"abc" == bytes(store.map("commits/x", 3))
+    blob.unlink()
+    with pytest.raises(CacheNotFoundError):
+        store.read("commits/x")
+    blob.symlink_to("/etc/passwd")
+    with pytest.raises(StoreError):
+        store.read("commits/x")
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("commits/00000.json", 2 << 20), ("plan.json", 1 << 40), ("manifest.json", 1 << 40)]
+)
+def test_a_record_of_impossible_size_is_not_read(store, name, size):
+    store.put_if_absent(name, b"{")
+    os.truncate(store.root / name, size)
+    with pytest.raises(CacheCorruptError, match="bytes were expected"):
+        store.read(name)
+
+
+def test_what_memory_cannot_hold_is_not_damaged(store):
+    store.put_if_absent("shards/x", b"x")
+    os.truncate(store.root / "shards" / "x", 1 << 42)
+    with pytest.raises(StoreUnavailableError, match="not enough memory"):
+        store.read("shards/x")
+
+
 def test_a_folder_that_is_gone_needs_no_sync(store, monkeypatch):
     """A peer deletes the new file and its folder before the folder is synced."""
     real = os.link
