@@ -91,7 +91,7 @@ def main() -> None:
             where = {"cache": root / "reference", "output": root / "student"}
             subprocess.run(command("train-student", learn | where), check=True, capture_output=True)
             for number in range(args.dumps):
-                short = float(rng.uniform(0, 3)) if number % 2 else None
+                short = float(rng.uniform(0, 20)) if number % 2 else None
                 commits = int(rng.integers(0, 20))
                 dumps.append(
                     dump_through_outage(
@@ -100,7 +100,7 @@ def main() -> None:
                 )
                 print("dump", number, short, dumps[-1], file=sys.stderr)
             for number in range(args.students):
-                short = float(rng.uniform(0, 3)) if number % 2 else None
+                short = float(rng.uniform(0, 20)) if number % 2 else None
                 students.append(
                     train_through_outage(learn, root, server, cache="cache-0", name=f"student-{number}", seconds=short)
                 )

@@ -104,6 +104,7 @@ class Seaweed:
                 "master.port": master, "master.port.grpc": master_grpc, "volume.port": volume,
                 "volume.port.grpc": volume_grpc, "filer.port": filer, "filer.port.grpc": filer_grpc,
                 "s3.port.grpc": s3_grpc, "s3.port.iceberg": 0, "s3.port.lance": 0, "master.volumeSizeLimitMB": 64, "volume.max": 20,
+                "master.electionTimeout": "1s", "master.heartbeatInterval": "100ms",  # a master alone need not wait for others
             }  # fmt: skip
             self.process = subprocess.Popen(
                 [weed(), "server", "-s3", *(f"-{name}={value}" for name, value in flags.items())],
