@@ -77,11 +77,15 @@ class OutputHead:
         return bytes(safetensors.torch.save(tensors))
 
     @staticmethod
-    def from_bytes(data: bytes) -> OutputHead:
+    def from_bytes(data: bytes, shape: tuple[int, int] | None = None) -> OutputHead:
         """Undo :meth:`to_bytes`. The format holds tensors and no code, so bytes from strangers can be read.
 
+        Args:
+            data: A safetensors file.
+            shape: V and D that the weight must have.
+
         Raises:
-            CacheCorruptError: Not such a file, or its tensors are not those of a head.
+            CacheCorruptError: Not such a file, or its tensors are not those of a head of this shape.
         """
         import safetensors
         import safetensors.torch
@@ -111,6 +115,8 @@ class OutputHead:
             raise CacheCorruptError(
                 f"output head: weight [V, D], scale, perhaps bias [V] and softcap were expected, found {found}"
             )
+        if shape is not None and weight.shape != shape:
+            raise CacheCorruptError(f"output head: weight {shape} was expected, found {tuple(weight.shape)}")
         softcap = tensors.get("softcap")
         return OutputHead(
             weight, tensors.get("bias"), float(tensors["scale"]), None if softcap is None else float(softcap)

@@ -45,6 +45,11 @@ class TeacherSpec(Record):
     num_parameters: Positive
     averaged: tuple[AveragedSpec, ...] = ()
 
+    @property
+    def head_shape(self) -> tuple[int, int]:
+        """V and D of the output head that is kept beside hidden states."""
+        return self.vocab_size, self.hidden_size
+
 
 class TokenizerSpec(Record):
     """The tokenizer's content: vocabulary, behaviour on a fixed text, chat template."""

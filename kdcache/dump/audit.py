@@ -115,7 +115,11 @@ def against_teacher(
             trust_remote_code=trust_remote_code,
         ).eval()  # fmt: skip
     head = head_of(model).first(reader.vocab_size) if split_is_exact(model) else None
-    stored_head = OutputHead.from_bytes(reader.head_bytes()).to(where) if spec.targets.scheme == "hidden" else None
+    stored_head = (
+        OutputHead.from_bytes(reader.head_bytes(), spec.teacher.head_shape).to(where)
+        if spec.targets.scheme == "hidden"
+        else None
+    )
 
     def live(sequences: list[TokenSequence]) -> torch.Tensor:
         """``[N, V]`` logprobs of the first of the sequences, read in one batch."""

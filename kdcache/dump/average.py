@@ -96,5 +96,11 @@ def open_averaged(caches: dict[str, float], vocab_size: int, device: str) -> lis
     opened = []
     for path, weight in caches.items():
         reader = open_cache(path)
-        opened.append(Averaged(reader, OutputHead.from_bytes(reader.head_bytes()).first(vocab_size).to(device), weight))
+        opened.append(
+            Averaged(
+                reader,
+                OutputHead.from_bytes(reader.head_bytes(), reader.spec.teacher.head_shape).first(vocab_size).to(device),
+                weight,
+            )
+        )
     return opened

@@ -94,7 +94,11 @@ class TeacherStates:
         self.reader = reader
         self.device = device
         self.exact = reader.spec.targets.scheme == "hidden"
-        self.head = OutputHead.from_bytes(reader.head_bytes()).to(device) if self.exact else None
+        self.head = (
+            OutputHead.from_bytes(reader.head_bytes(), reader.spec.teacher.head_shape).to(device)
+            if self.exact
+            else None
+        )
         elements = CPU_CHUNK_ELEMENTS if device == "cpu" else GPU_CHUNK_ELEMENTS
         self.chunk = max(16, elements // reader.vocab_size)
 

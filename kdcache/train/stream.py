@@ -277,7 +277,7 @@ class TargetDecoder:
         value_table, tail_table = reader.codec.tables()
         head = None
         if hidden:
-            head = OutputHead.from_bytes(reader.head_bytes()).to(device)
+            head = OutputHead.from_bytes(reader.head_bytes(), reader.spec.teacher.head_shape).to(device)
         return TargetDecoder(
             temperature=temperature,
             temperature_column=column,

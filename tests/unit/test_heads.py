@@ -133,6 +133,15 @@ def test_a_head_travels_as_bytes(dtype, extras):
     assert back.to_bytes() == head.to_bytes()
 
 
+def test_a_head_of_another_shape_is_refused():
+    """A cache of hidden states whose table is another model's head."""
+    data = OutputHead(torch.ones(5, 3)).to_bytes()
+    assert OutputHead.from_bytes(data, (5, 3)).weight.shape == (5, 3)
+    for shape in ((5, 4), (6, 3)):
+        with pytest.raises(CacheCorruptError, match=r"weight \(\d, \d\) was expected, found \(5, 3\)"):
+            OutputHead.from_bytes(data, shape)
+
+
 @pytest.mark.parametrize(
     "tensors",
     [
