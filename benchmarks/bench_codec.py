@@ -2,8 +2,8 @@
 
 Targets of a real teacher, dumped exactly, then stored by each codec. Bytes are of whole files, over all positions; ours hold
 tokens, masks, tails, entropies and label logprobs too, the peers' only ids, logprobs and tails. KL(said ‖ stored) over entries
-and tail, where the peers' logprobs are rescaled to what the tail leaves, as ours are. Decoding ends in ``[N, K]`` arrays: ours in
-the tensors that travel to the training device, the peers' in ids and logprobs. "To ours" is to the row of the scheme that holds the
+and tail, where the peers' logprobs are rescaled to what the tail leaves, as ours are. Decoding ends in arrays entry after entry, then in
+``[N, K]``: ours in the tensors that travel to the training device, the peers' in ids and logprobs. "To ours" is to the row of the scheme that holds the
 standard quality without id tables (of draws, the counts alone).
 
     python benchmarks/bench_codec.py [--dataset FILE] [--split 'train[:40]'] [--rounds 3]
@@ -59,7 +59,8 @@ class Row:
         cells: KL, top-1 kept.
         num_positions: That each of the two goes through.
         encode: None where it is not timed.
-        decode: None where it is not timed.
+        decode: To arrays, entry after entry; None where it is not timed.
+        lay_out: To ``[N, K]``.
     """
 
     targets: str
@@ -69,11 +70,12 @@ class Row:
     num_positions: float
     encode: Callable[[], object] | None = None
     decode: Callable[[], object] | None = None
+    lay_out: Callable[[], object] | None = None
 
 
 def timed(table: list[Row], rounds: int) -> list[str]:
     """The rows with M positions/s, best of several rounds; each round goes through all, so that a slow minute is everyone's."""
-    runs = [(row, run) for row in table for run in (row.encode, row.decode)]
+    runs = [(row, run) for row in table for run in (row.encode, row.decode, row.lay_out)]
     best = [float("inf")] * len(runs)
     for _ in range(rounds):
         for number, (_, run) in enumerate(runs):
@@ -83,11 +85,11 @@ def timed(table: list[Row], rounds: int) -> list[str]:
     own = next(number for number, row in enumerate(table) if row.stored_as in STANDARD)
     lines = []
     for number, row in enumerate(table):
-        encode, decode = rates[2 * number : 2 * number + 2]
-        to_ours = row.num_bytes / table[own].num_bytes, decode / rates[2 * own + 1]
+        encode, decode, lay_out = rates[3 * number : 3 * number + 3]
+        to_ours = row.num_bytes / table[own].num_bytes, lay_out / rates[3 * own + 2]
         cells = [
             row.targets, row.stored_as, f"{row.num_bytes:.1f}", f"{to_ours[0]:.2f}", *row.cells,
-            f"{encode:.2f}" if encode else "", f"{decode:.2f}", f"{to_ours[1]:.2f}",
+            *(f"{rate:.2f}" if rate else "" for rate in (encode, decode, lay_out)), f"{to_ours[1]:.2f}",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -129,7 +131,8 @@ def ours(name: str, stored_as: str, rows: Rows, codec: Codec) -> Row:
     return Row(
         name, f"kdcache, {stored_as}", len(builder.finish()) / num_positions, [kl, kept], num_positions,
         encode=lambda: [codec.encode(targets, contexts) for targets, contexts in asked],
-        decode=lambda: [collate_targets([codec.decode(frames, len(c), "x", c)]) for frames, c in encoded],
+        decode=lambda: [codec.decode(frames, len(c), "x", c) for frames, c in encoded] and None,
+        lay_out=lambda: [collate_targets([codec.decode(frames, len(c), "x", c)]) for frames, c in encoded] and None,
     )  # fmt: skip
 
 
@@ -157,7 +160,7 @@ def theirs(name: str, stored_as: str, rows: Rows, k: int) -> Row:
     return Row(
         name, stored_as, len(data) / len(said), [" / ".join(f"{x:.1e}" for x in kl), f"{top_1_kept(said, after):.2%}"], len(said),
         encode=lambda: peer.encode(said, k),
-        decode=lambda: peer.decode(data, k),
+        lay_out=lambda: peer.decode(data, k),
     )  # fmt: skip
 
 
@@ -167,7 +170,7 @@ def a_copy(name: str, rows: Rows) -> Row:
     width = len(said.logprobs) / len(said) * 6
     return Row(
         name, "a copy in memory of ids and half floats", width, ["", ""], said.logprobs.nbytes / width,
-        decode=said.logprobs.copy,
+        lay_out=said.logprobs.copy,
     )  # fmt: skip
 
 
@@ -183,7 +186,7 @@ def main() -> None:
     parser.add_argument("--pilot-split", default="train[20:60]", help="makes one where there is none")
     args = parser.parse_args()
     header = ["targets", "stored as", "bytes/token", "to ours", "KL at T = 1 / 2", "top-1 kept",
-              "encode, M positions/s", "decode, M positions/s", "to ours"]  # fmt: skip
+              "encode, M positions/s", "decode", "decode to [N, K]", "to ours"]  # fmt: skip
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     with tempfile.TemporaryDirectory() as folder:
         common = {"teacher": args.teacher, "dataset": args.dataset, "seq_len": args.seq_len, "dtype": "bfloat16",

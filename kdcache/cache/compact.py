@@ -111,7 +111,8 @@ class Rectangle:
     @property
     def used(self) -> BoolArray:
         """``[N, K]``: the slots that hold an entry of their own."""
-        return np.arange(self._width, dtype=self._num_entries.dtype) < self._num_entries[:, None]
+        narrow = np.uint8 if self._width < 1 << 8 else self._num_entries.dtype  # as many side by side as can be
+        return np.arange(self._width, dtype=narrow) < self._num_entries.astype(narrow)[:, None]
 
     def lay_out(self, entries: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """``[E]`` of 8, 16, 32 or 64 bits, as ``[N, K]``."""

@@ -75,10 +75,10 @@ def to_rectangle(entries: Entries, num_entries: Numbers, width: int) -> Entries:
     for n in range(len(num_entries)):
         count = num_entries[n]
         first = entries[e] if e < len(entries) else out.dtype.type(0)
+        for slot in range(width):
+            out[n, slot] = first
         for slot in range(count):
             out[n, slot] = entries[e + slot]
-        for slot in range(count, width):
-            out[n, slot] = first
         e += count
     return out
 

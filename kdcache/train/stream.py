@@ -238,7 +238,7 @@ def collate_targets(compact: Sequence[CompactTargets]) -> dict[str, np.ndarray[A
     if compact[0].counts is not None:
         counts_ET = np.concatenate([targets.counts for targets in compact if targets.counts is not None])
         counts = [rectangle.lay_out(np.ascontiguousarray(counts_E)) for counts_E in counts_ET.astype(np.int16).T]
-        arrays["counts"] = np.stack(counts, axis=2)
+        arrays["counts"] = counts[0][:, :, None] if len(counts) == 1 else np.stack(counts, axis=2)
     if compact[0].frequencies:
         arrays["entropy"] = np.concatenate([targets.entropy for targets in compact])
     if not rectangle.is_full:
