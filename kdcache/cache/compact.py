@@ -111,8 +111,9 @@ class Rectangle:
     @property
     def used(self) -> BoolArray:
         """``[N, K]``: the slots that hold an entry of their own."""
-        narrow = np.uint8 if self._width < 1 << 8 else self._num_entries.dtype  # as many side by side as can be
-        return np.arange(self._width, dtype=narrow) < self._num_entries.astype(narrow)[:, None]
+        narrow: type[np.unsignedinteger[Any]] = np.uint8 if self._width < 1 << 8 else np.uint32
+        slots = np.arange(self._width, dtype=narrow)  # as many side by side as can be
+        return np.asarray(slots < self._num_entries.astype(narrow)[:, None], dtype=np.bool_)
 
     def lay_out(self, entries: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """``[E]`` of 8, 16, 32 or 64 bits, as ``[N, K]``."""
