@@ -25,8 +25,8 @@ from kdcache.cache.layout import (
     TABLES,
     TEMPORARY,
     commit_name,
-    is_lease_name,
     is_table_name,
+    parse_misspelt,
     parse_number,
     parse_shard_name,
     shard_name,
@@ -164,18 +164,14 @@ def check_same_plan(store: Store, standing: Plan, asked: Plan) -> None:
 
 def read_commits(store: Store) -> list[Commit]:
     """All commits of a cache, by shard number."""
-    shards = []
-    for name in store.names_in(COMMITS):
-        shard = parse_number(name)
-        if shard is None:
-            continue
-        if name != f"{shard:05d}.json":
+    names = store.names_in(COMMITS)
+    for name in names:
+        if (shard := parse_misspelt(name)) is not None:
             raise CacheMismatchError(
                 f"{store}/{COMMITS}/{name}: a shard's commit stands at {commit_name(shard)}",
                 hint=f"kdcache verify {store} --repair",
             )
-        shards.append(shard)
-    shards.sort()
+    shards = sorted(shard for name in names if (shard := parse_number(name)) is not None)
     files = store.read_all([commit_name(shard) for shard in shards])
     return [parse_commit(store, shard, data) for shard, data in zip(shards, files, strict=True)]
 
@@ -200,11 +196,7 @@ def parse_commit(store: Store, shard: int, data: bytes) -> Commit:
 
 def committed_shards(store: Store) -> set[int]:
     """Numbers of the committed shards, from file names alone."""
-    return {
-        shard
-        for name in store.names_in(COMMITS)
-        if (shard := parse_number(name)) is not None and f"{COMMITS}/{name}" == commit_name(shard)
-    }
+    return {shard for name in store.names_in(COMMITS) if (shard := parse_number(name)) is not None}
 
 
 def load_codec(store: Store, spec: CacheSpec) -> Codec:
@@ -313,8 +305,9 @@ def seal(store: Store) -> Manifest:
     for name in store.names_in(SHARDS):
         if parse_shard_name(name) is not None and f"{SHARDS}/{name}" not in named:
             store.delete(f"{SHARDS}/{name}")
-    for name in filter(is_lease_name, store.names_in(LEASES)):
-        store.delete(f"{LEASES}/{name}")
+    for name in store.names_in(LEASES):
+        if parse_number(name) is not None:
+            store.delete(f"{LEASES}/{name}")
     store.remove_abandoned()
     if not store.exists(MANIFEST) or store.read(MANIFEST) != to_json(manifest):
         store.replace(MANIFEST, to_json(manifest))

@@ -25,7 +25,13 @@ def lease_name(shard: int) -> str:
 def parse_number(name: str) -> int | None:
     """The shard that a file in ``commits/`` or ``leases/`` is of, or None where the name is not one of ours."""
     match = _NUMBERED.fullmatch(name)
-    return int(match[1]) if match else None
+    return int(match[1]) if match and name == f"{int(match[1]):05d}.json" else None
+
+
+def parse_misspelt(name: str) -> int | None:
+    """The shard that a file in ``commits/`` names otherwise than we do, with more zeros; None for every other name."""
+    match = _NUMBERED.fullmatch(name)
+    return int(match[1]) if match and parse_number(name) is None else None
 
 
 def shard_name(shard: int, shard_digest: str) -> str:
@@ -37,12 +43,6 @@ def parse_shard_name(name: str) -> int | None:
     """The shard that a file in ``shards/`` is of, or None where the name is not one of ours."""
     match = _SHARD_NAME.fullmatch(name)
     return int(match[1]) if match and match[1] == f"{int(match[1]):05d}" else None
-
-
-def is_lease_name(name: str) -> bool:
-    """Whether a file in ``leases/`` has a name of ours."""
-    shard = parse_number(name)
-    return shard is not None and f"{LEASES}/{name}" == lease_name(shard)
 
 
 def is_table_name(name: str) -> bool:

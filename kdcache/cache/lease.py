@@ -13,7 +13,7 @@ import time
 import uuid
 from dataclasses import dataclass, field
 
-from kdcache.cache.layout import LEASES, is_lease_name, lease_name, parse_number
+from kdcache.cache.layout import LEASES, lease_name, parse_number
 from kdcache.cache.store import Store, hostname, is_running
 from kdcache.errors import CacheNotFoundError, KDCacheError
 
@@ -101,10 +101,10 @@ class Holder:
 def read_leases(store: Store) -> list[Holder | str]:
     """Every lease by shard number; the file name where the content says nothing. What has no name of ours is no lease."""
     found: list[Holder | str] = []
-    for name in filter(is_lease_name, store.names_in(LEASES)):
+    for name in store.names_in(LEASES):
         shard = parse_number(name)
-        assert shard is not None, "a lease's name is a number"
-        found.append(_read_holder(store, f"{LEASES}/{name}", shard) or name)
+        if shard is not None:
+            found.append(_read_holder(store, f"{LEASES}/{name}", shard) or name)
     return found
 
 

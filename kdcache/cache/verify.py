@@ -19,7 +19,7 @@ from kdcache.cache.commit import (
     read_id_tables,
     read_plan,
 )
-from kdcache.cache.layout import COMMITS, MANIFEST, PLAN, commit_name, parse_number, table_name
+from kdcache.cache.layout import COMMITS, MANIFEST, PLAN, commit_name, parse_misspelt, parse_number, table_name
 from kdcache.cache.manifest import Commit, Manifest, Plan, derive_manifest, to_json
 from kdcache.cache.reader import CacheReader
 from kdcache.cache.shard import sequence_id
@@ -130,11 +130,9 @@ def _look_at_commits(store: Store, plan: Plan, audit: Audit) -> list[Commit]:
     shards = []
     for name in store.names_in(COMMITS):
         shard = parse_number(name)
-        if shard is None:
-            continue
-        if f"{COMMITS}/{name}" == commit_name(shard) and shard < plan.spec.num_shards:
+        if shard is not None and shard < plan.spec.num_shards:
             shards.append(shard)
-        else:
+        elif shard is not None or parse_misspelt(name) is not None:
             audit.problems.append(
                 f"{COMMITS}/{name} is the commit of no shard of this plan ({plan.spec.num_shards} shards)"
             )
