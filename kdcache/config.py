@@ -247,6 +247,15 @@ def replace_file(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def read_mapping(path: Path) -> dict[str, Any] | None:
+    """A mapping of JSON; None where there is none, or what a crash has left of it."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def library_versions() -> dict[str, str]:
     """Versions of Python, kdcache and the libraries that can move a number."""
     versions = {"python": platform.python_version()}

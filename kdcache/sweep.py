@@ -29,7 +29,7 @@ from pydantic import BeforeValidator, Field
 from kdcache.cache.commit import read_commits
 from kdcache.cache.reader import open_cache
 from kdcache.cache.transcode import TranscodeOptions, transcode
-from kdcache.config import Options, check_options, replace_file
+from kdcache.config import Options, check_options, read_mapping, replace_file
 from kdcache.errors import ConfigError, KDCacheError
 from kdcache.evaluate.bootstrap import deviation
 from kdcache.evaluate.page import number
@@ -260,10 +260,6 @@ def _named(axis: str, value: Any) -> str:
 
 def train_one(student: Student) -> str | None:
     """Train it, unless that is done; why it failed, or None."""
-    for stage in stages_of(student.options):
-        results = Path(stage.output) / RESULTS
-        if results.exists() and _read(results) is None:  # a run that was killed while it wrote them is not done
-            results.unlink()
     return _without_ending(lambda: train(student.options))
 
 
@@ -273,19 +269,10 @@ def evaluate_one(student: Student, teacher_cache: str | None) -> str | None:
     from kdcache.evaluate.run import evaluate
 
     file = student.folder / EVALUATION
-    if teacher_cache is None or ((_read(file) or {}).get("teacher_cache") or {}).get("path") == teacher_cache:
+    if teacher_cache is None or ((read_mapping(file) or {}).get("teacher_cache") or {}).get("path") == teacher_cache:
         return None
     options = EvaluateOptions(student=(str(student.folder),), teacher_cache=teacher_cache)
     return _without_ending(lambda: replace_file(file, json.dumps(evaluate(options), indent=2) + "\n"))
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    """A mapping of JSON; None where there is none, or what a crash has left of it."""
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _without_ending(job: Callable[[], object]) -> str | None:

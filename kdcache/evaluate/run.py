@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kdcache.cache.commit import read_commits
 from kdcache.cache.reader import CacheReader, open_cache
-from kdcache.config import library_versions
+from kdcache.config import library_versions, read_mapping
 from kdcache.errors import ConfigError
 from kdcache.evaluate.generations import Prompts, answer_prompts, encode_prompts, read_prompts, side_by_side
 from kdcache.evaluate.metrics import Metrics, evaluate_loaded, evaluate_teacher, load_student
@@ -221,10 +221,10 @@ class _Record(_Strict):
 
 def _training_record(name: str) -> dict[str, Any]:
     """What a folder made by ``train-student`` says about its training; nothing where the file is torn, or of another program."""
+    record = read_mapping(Path(name) / TRAIN_RESULTS) or {}
     try:
-        record = json.loads((Path(name) / TRAIN_RESULTS).read_bytes())
         _Record.model_validate(record)
-    except (OSError, ValueError):  # pydantic's error is a ValueError
+    except ValidationError:
         return {}
     return {
         "tokens_per_second": record["tokens_per_second"],

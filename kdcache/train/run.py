@@ -14,7 +14,7 @@ import yaml
 
 from kdcache.cache.commit import check_no_cache
 from kdcache.cache.reader import CacheReader, open_cache
-from kdcache.config import check_options, read_section, write_provenance
+from kdcache.config import check_options, read_mapping, read_section, replace_file, write_provenance
 from kdcache.errors import CacheMismatchError, ConfigError
 from kdcache.heads import check_packing
 from kdcache.model_files import find_model
@@ -102,8 +102,8 @@ def train_stage(options: TrainOptions) -> TrainResult:
     """
     output = Path(options.output)
     _check_same_run(output, options)
-    if options.resume and (output / RESULTS).is_file():
-        return TrainResult(json.loads((output / RESULTS).read_text()), already_done=True)
+    if options.resume and (done := read_mapping(output / RESULTS)) is not None:
+        return TrainResult(done, already_done=True)
     caches = [(open_cache(path, allow_incomplete=options.allow_incomplete), w) for path, w in options.cache.items()]
     eval_caches = [(open_cache(path), weight) for path, weight in options.eval_cache.items()]
     own = [open_cache(path) for path in options.student_cache]
@@ -199,7 +199,7 @@ def train_stage(options: TrainOptions) -> TrainResult:
     }
     if trainer.is_world_process_zero():
         (output / "README.md").write_text(model_card(options, results))
-        (output / RESULTS).write_text(json.dumps(results, indent=2) + "\n")
+        replace_file(output / RESULTS, json.dumps(results, indent=2) + "\n")
     trainer.accelerator.wait_for_everyone()  # the first rank wrote what the next stage reads
     return TrainResult(results)
 
