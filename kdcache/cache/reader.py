@@ -186,7 +186,6 @@ class CacheReader:
             self.codec,
             plan=self.manifest.fingerprint,
             shard=number,
-            expected_digest=None,
             max_positions=self.spec.corpus.seq_len,
         )
 

@@ -1,7 +1,7 @@
 """One shard: an Arrow IPC file, a row a sequence, written once.
 
 A shard is built in memory and published whole, so a file that can be seen is a file that is complete. It is read through a
-memory map; its digest is checked once, before Arrow parses a byte of it, because Arrow trusts what it reads (a bit flipped
+memory map; its digest is checked once, by the store that maps it and before Arrow parses a byte of it, because Arrow trusts what it reads (a bit flipped
 in its metadata can crash the process). Every column of bytes is a zstd frame with its own checksum. What a stranger wrote has the digest
 that he says: :mod:`kdcache.cache.arrow` lets Arrow see no more than what cannot make it take memory.
 """
@@ -108,23 +108,15 @@ class ShardReader:
         codec: From the cache's plan.
         plan: Fingerprint that the shard must carry.
         shard: Number that the shard must carry.
-        expected_digest: What the commit says, or None to skip (``verify`` reports it itself).
         max_positions: Longest sequence that the plan allows.
 
     Raises:
-        CacheCorruptError: The bytes are not those that were committed, or not a shard of this plan.
+        CacheCorruptError: The bytes are not a shard of this plan.
     """
 
-    def __init__(
-        self, data: Any, codec: Codec, *, plan: str, shard: int, expected_digest: str | None, max_positions: int
-    ) -> None:
+    def __init__(self, data: Any, codec: Codec, *, plan: str, shard: int, max_positions: int) -> None:
         self.where = f"shard {shard:05d}"
         self._codec, self._max_positions = codec, max_positions
-        if expected_digest is not None and (found := digest(memoryview(data))) != expected_digest:
-            raise CacheCorruptError(
-                f"{self.where}: digest {expected_digest} was committed, the bytes on disk have {found}",
-                hint="kdcache verify CACHE --repair takes every damaged shard back; the same dump then makes only these anew",
-            )
         batch = read_batch(data, schema(codec, plan, shard), self.where)
         if any(column.null_count for column in batch.columns):
             raise CacheCorruptError(f"{self.where}: a row with a missing value")

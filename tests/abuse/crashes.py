@@ -47,6 +47,22 @@ def prepare() -> None:
         get_checkpoint_conversion_mapping("llama")  # compiles a thousand patterns, once
 
 
+# Of a dump of some seconds.
+SMALL = {"seq_len": 64, "top_k": 8, "threads": 1, "batch_tokens": 256, "shard_positions": 300, "device": "cpu"}
+
+
+def told_by(script: str, teacher: str, corpus: str, root: Path, *arguments: str) -> dict[str, Any]:
+    """What a script prints, as JSON, run in a process that has not computed yet: given a small dump's options, a folder, and more."""
+    options = {"teacher": teacher, "dataset": corpus, "output": "", "split": "train[:6]", **SMALL}
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(options), str(root), *arguments],
+        capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
 def small_dump(root: Path, num_texts: int) -> dict[str, Any]:
     """Options of a dump of some seconds, without ``output``: a corpus and a random teacher below a folder, and datasets' own files too.
 
@@ -66,10 +82,7 @@ def small_dump(root: Path, num_texts: int) -> dict[str, Any]:
         [sys.executable, "-c", maker, str(root / "teacher"), str(corpus), str(num_texts)],
         check=True, cwd=Path(__file__).parents[2],
     )  # fmt: skip
-    return {
-        "teacher": str(root / "teacher"), "dataset": str(corpus), "seq_len": 64, "top_k": 8, "threads": 1,
-        "batch_tokens": 256, "shard_positions": 300, "device": "cpu",
-    }  # fmt: skip
+    return {"teacher": str(root / "teacher"), "dataset": str(corpus), **SMALL}
 
 
 def kinds(options: dict[str, Any], root: Path) -> dict[str, dict[str, Any]]:

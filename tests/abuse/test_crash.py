@@ -1,9 +1,6 @@
 """S1 in small; the campaign is ``make prove-crash``."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
+from tests.abuse.crashes import told_by
 
 SCRIPT = """
 import json, sys
@@ -20,16 +17,7 @@ print(json.dumps({"random": campaign(options, root / "random", num_kills=3, seed
 
 def test_killed_at_random_and_at_commit_points(tmp_path, tiny_teacher, corpus_file):
     """Resumed with 1, 2 and 3 workers, the finished cache is the uninterrupted one, byte for byte; transcoded ones too."""
-    options = {
-        "teacher": tiny_teacher, "dataset": corpus_file, "output": "", "split": "train[:6]", "seq_len": 64, "top_k": 8,
-        "threads": 1, "batch_tokens": 256, "shard_positions": 300, "device": "cpu",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(options), str(tmp_path), "0"],
-        capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=280, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    result = json.loads(done.stdout)
+    result = told_by(SCRIPT, tiny_teacher, corpus_file, tmp_path, "0")
     assert result.pop("random")["kills"] >= 3
     assert all(found["kill_points"] >= 4 for found in result.values())
     assert all(found["half_written"] >= 1 for found in result.values())

@@ -5,10 +5,11 @@ import pyarrow as pa
 import pytest
 
 from kdcache.cache.frames import compress
-from kdcache.cache.shard import METADATA_KEY, ShardBuilder, ShardReader, content_hash, digest, schema, sequence_id
+from kdcache.cache.reader import open_cache
+from kdcache.cache.shard import METADATA_KEY, ShardBuilder, ShardReader, content_hash, schema, sequence_id
 from kdcache.errors import CacheCorruptError
 from kdcache.targets import TokenSequence
-from tests.strategies import build_shard, make_plan, make_row
+from tests.strategies import build_shard, make_plan, make_row, write_cache
 
 
 def read(data, of=None, shard=1, **changes):
@@ -16,7 +17,6 @@ def read(data, of=None, shard=1, **changes):
     arguments = {
         "plan": of.fingerprint,
         "shard": shard,
-        "expected_digest": digest(memoryview(data)),
         "max_positions": 64,
     }
     return ShardReader(data, of.spec.make_codec(), **{**arguments, **changes})
@@ -131,12 +131,13 @@ def test_content_hash_tells_ids_mask_and_documents_apart():
     assert content_hash(again) == content_hash(base)
 
 
-def test_digest_mismatch_names_the_shard():
-    data = bytearray(build_shard(make_plan(), 1)[0])
-    committed = digest(bytes(data))
+def test_digest_mismatch_names_the_shard(tmp_path):
+    (path,) = (write_cache(tmp_path).root / "shards").glob("00001-*")
+    data, committed = bytearray(path.read_bytes()), path.stem.partition("-")[2]
     data[len(data) // 2] ^= 1
+    path.write_bytes(data)
     with pytest.raises(CacheCorruptError, match=f"shard 00001: digest {committed} was committed") as caught:
-        read(bytes(data), expected_digest=committed)
+        open_cache(tmp_path).open_shard(1)
     assert "verify" in caught.value.hint
 
 
