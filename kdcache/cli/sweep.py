@@ -13,7 +13,9 @@ import yaml
 from kdcache.cli.flags import flags_of, given
 from kdcache.config import read_section, resolve_options
 from kdcache.errors import ConfigError
-from kdcache.sweep import SweepOptions, sweep, table
+from kdcache.sweep.grid import SweepOptions
+from kdcache.sweep.run import sweep
+from kdcache.sweep.shown import table
 
 
 @click.command("sweep")

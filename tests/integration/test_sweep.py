@@ -19,7 +19,9 @@ from kdcache.cli import main
 from kdcache.config import check_options
 from kdcache.dump.launch import dump
 from kdcache.errors import CacheMismatchError, ConfigError
-from kdcache.sweep import SweepOptions, cost, measured_of, plan_students, plot, sweep, table
+from kdcache.sweep.grid import SweepOptions, plan_students
+from kdcache.sweep.run import cost, measured_of, sweep
+from kdcache.sweep.shown import plot, table
 from tests.integration.test_dump import options
 
 TRAIN = {"learning_rate": 3e-3, "max_steps": 3, "per_device_train_batch_size": 4}

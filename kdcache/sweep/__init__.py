@@ -1,0 +1,1 @@
+"""``kdcache sweep``: many students from one cache or a few."""
