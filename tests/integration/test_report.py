@@ -152,6 +152,11 @@ def test_entries_and_tail_are_said_to_be_a_bound(root, found, tmp_path):
 # --- students that are not as they should be -----------------------------------------------------------------------------
 
 
+def evaluation(root, *more):
+    """Arguments that hold the distilled student against the exact cache."""
+    return ["evaluate", "--student", root / "kd", "--teacher-cache", root / "held", *more]
+
+
 def spoiled(folder, source, which):
     """A copy of a student, some weights of which are NaN."""
     shutil.copytree(source, folder)
@@ -200,15 +205,7 @@ def test_what_another_program_left_in_a_folder_is_no_record(root, tmp_path):
     for name, content in (("train", train), ("all", train | evaluated), ("eval", evaluated)):
         (tmp_path / "other" / f"{name}_results.json").write_text(json.dumps(content, indent=4, sort_keys=True))
     (tmp_path / "other" / "trainer_state.json").write_text(json.dumps(state))
-    arguments = [
-        "evaluate",
-        "--student",
-        root / "kd",
-        "--baseline",
-        tmp_path / "other",
-        "--teacher-cache",
-        root / "held",
-    ]
+    arguments = evaluation(root, "--baseline", tmp_path / "other")
     found = json.loads(cli(*arguments, "--report", tmp_path / "r.html", "--json").stdout)
     student, baseline = found["models"][1:]
     assert "alpha" in student and not {"alpha", "cache", "tokens_per_second", "train_seconds"} & baseline.keys()
@@ -217,15 +214,7 @@ def test_what_another_program_left_in_a_folder_is_no_record(root, tmp_path):
 
 
 def test_dtype_is_that_of_the_model_and_told(root, found, tmp_path):
-    arguments = [
-        "evaluate",
-        "--student",
-        root / "kd",
-        "--teacher-cache",
-        root / "held",
-        "--report",
-        tmp_path / "r.html",
-    ]
+    arguments = evaluation(root, "--report", tmp_path / "r.html")
     some = json.loads(cli(*arguments, "--dtype", "bfloat16", "--device-map", "auto", "--json").stdout)
     assert [model["dtype"] for model in some["models"]] == ["float32", "bfloat16"]
     assert [model["dtype"] for model in found["models"]] == ["float32"] * 5
@@ -239,15 +228,7 @@ def test_prompts_of_a_split(root, tmp_path):
 
     splits = {name: Dataset.from_list([{"prompt": f"the {name}", "completion": "cat"}]) for name in ("train", "test")}
     DatasetDict(splits).save_to_disk(tmp_path / "prompts")
-    arguments = [
-        "evaluate",
-        "--student",
-        root / "kd",
-        "--teacher-cache",
-        root / "held",
-        "--prompts",
-        tmp_path / "prompts",
-    ]
+    arguments = evaluation(root, "--prompts", tmp_path / "prompts")
     arguments += ["--max-new-tokens", 4, "--json"]
     for flags, prompt in (([], "the train"), (["--split", "test"], "the test")):
         found = json.loads(cli(*arguments, *flags).stdout)
@@ -413,15 +394,7 @@ def test_tasks_of_ones_own(root, tmp_path, tiny_teacher):
     pytest.importorskip("lm_eval")
     (tmp_path / "data.jsonl").write_text("".join(json.dumps({"question": f"the {w} saw a", "answer": i % 2}) + "\n" for i, w in enumerate("abcd")))  # fmt: skip
     (tmp_path / "mine.yaml").write_text(TASK.format(name="my_pets", data=tmp_path / "data.jsonl"))
-    arguments = [
-        "evaluate",
-        "--student",
-        root / "kd",
-        "--teacher-cache",
-        root / "held",
-        "--tasks",
-        tmp_path / "mine.yaml",
-    ]
+    arguments = evaluation(root, "--tasks", tmp_path / "mine.yaml")
     out = cli(*arguments, "--teacher", tiny_teacher, "--report", tmp_path / "r.html", "--json")
     for model in json.loads(out.stdout)["models"]:
         assert 0 <= model["tasks"]["my_pets"]["acc"]["value"] <= 1
