@@ -90,14 +90,14 @@ def verify_cache(store: Store, *, deep: bool = True, on_shard: Callable[[int], N
         return audit
     _check_records(store, plan, derived, audit)
     if derived.head_digest is not None:
-        with _noting(store, audit):
+        with _noting(store, plan, audit):
             try:
                 reader.head_bytes()
             except CacheError:
                 audit.damaged_head = derived.head_digest
                 raise
     for position, number in enumerate(derived.shards.shard):
-        with _noting(store, audit, number):
+        with _noting(store, plan, audit, number):
             audit.num_sequences += _verify_shard(reader, position, deep)
             audit.num_verified += 1
         on_shard(position + 1)
@@ -105,24 +105,30 @@ def verify_cache(store: Store, *, deep: bool = True, on_shard: Callable[[int], N
 
 
 @contextlib.contextmanager
-def _noting(store: Store, audit: Audit, shard: int | None = None) -> Iterator[None]:
+def _noting(store: Store, plan: Plan, audit: Audit, shard: int | None = None) -> Iterator[None]:
     """Note what is wrong with something, or that it could not be read; ``shard`` is whose it is."""
     try:
         yield
     except (StoreUnavailableError, MemoryError) as error:
         read_plan(store)  # a store that does not answer at all ends the audit here
-        audit.unknown.append(_message(error, shard))
+        audit.unknown.append(_message(error, plan, shard))
         if shard is not None:
             audit.unread.append(shard)
     except CacheError as error:
-        audit.problems.append(_message(error, shard))
+        audit.problems.append(_message(error, plan, shard))
         if shard is not None:
             audit.damaged.append(shard)
 
 
-def _message(error: KDCacheError | MemoryError, shard: int | None) -> str:
+def _message(error: KDCacheError | MemoryError, plan: Plan, shard: int | None) -> str:
+    """What is wrong, with the shard and the rows of the corpus that it holds; or with the sequence, where that is known."""
     text = "not enough memory to look at it" if isinstance(error, MemoryError) else error.message
-    return text if shard is None or text.startswith("shard") else f"shard {shard:05d}: {text}"
+    if shard is None:
+        return text
+    name, rows = f"shard {shard:05d}", plan.spec.rows(shard)
+    if text.startswith(f"{name}, "):
+        return text
+    return f"{name} (rows {rows.start} to {rows.stop - 1}): {text.removeprefix(f'{name}: ')}"
 
 
 def _look_at_commits(store: Store, plan: Plan, audit: Audit) -> list[Commit]:
@@ -145,7 +151,7 @@ def _look_at_commits(store: Store, plan: Plan, audit: Audit) -> list[Commit]:
     commits = []
     for position, shard in enumerate(shards):
         name = commit_name(shard)
-        with _noting(store, audit, shard):
+        with _noting(store, plan, audit, shard):
             data = files[position] if files else store.read(name)
             commit = parse_commit(store, shard, data)
             if commit.plan != plan.fingerprint:
@@ -162,7 +168,7 @@ def _tables_are_whole(store: Store, plan: Plan, audit: Audit) -> bool:
     if digest is None:
         return True
     whole = False
-    with _noting(store, audit):
+    with _noting(store, plan, audit):
         try:
             read_id_tables(store, digest, plan.spec.teacher.vocab_size)
             whole = True
@@ -182,7 +188,7 @@ def _derive(plan: Plan, commits: list[Commit], audit: Audit) -> Manifest:
             most = max(
                 commits, key=lambda commit: max(map(abs, [commit.num_bytes, *commit.stats.model_dump().values()]))
             )
-            audit.problems.append(_message(error, most.shard))
+            audit.problems.append(_message(error, plan, most.shard))
             audit.damaged.append(most.shard)
             commits = [commit for commit in commits if commit is not most]
 
@@ -205,12 +211,12 @@ def _of_one_head(plan: Plan, commits: list[Commit], audit: Audit) -> list[Commit
 
 def _check_records(store: Store, plan: Plan, derived: Manifest, audit: Audit) -> None:
     """The plan is the very bytes that were written, and the manifest is what follows from the commits."""
-    with _noting(store, audit):
+    with _noting(store, plan, audit):
         if store.exists(MANIFEST):
             follows = current_manifest(store) == derived and store.read(MANIFEST) == to_json(derived)
             if not follows and not audit.unread:  # what follows from a commit that was not read is not known
                 audit.problems.append(f"{MANIFEST} does not follow from the commits; remove it and run the dump again")
-    with _noting(store, audit):
+    with _noting(store, plan, audit):
         if store.read(PLAN) != to_json(plan):
             audit.problems.append(f"{PLAN}: not the bytes that were written")
 

@@ -65,9 +65,14 @@ def test_no_cache_here(tmp_path):
         verify_cache(LocalStore(tmp_path))
 
 
-def test_a_flipped_bit_is_named_by_shard(store):
+def rows(shard):
+    """As a message names them."""
+    return f"rows {PLAN.spec.rows(shard)[0]} to {PLAN.spec.rows(shard)[-1]}"
+
+
+def test_a_flipped_bit_is_named_by_shard_and_rows(store):
     flip(store, shard_file(2))
-    assert only_problem(store).startswith("shard 00002: digest")
+    assert only_problem(store).startswith(f"shard 00002 ({rows(2)}): digest")
     assert verify_cache(store).num_verified == 3
 
 
@@ -79,7 +84,7 @@ def test_every_damaged_shard_is_named(store):
 
 def test_a_missing_shard_file(store):
     store.delete(shard_file(0))
-    assert only_problem(store).startswith("shard 00000: ")
+    assert only_problem(store).startswith("shard 00000 (rows ")
 
 
 def damage_a_shard(store):
@@ -173,7 +178,7 @@ def test_a_commit_of_another_shard_with_a_valid_digest(store):
     store.replace(commit_name(1), signed_json(fields))
     store.put_if_absent(shard_name(1, fields["digest"]), store.read(shard_file(2)))
     store.delete("manifest.json")
-    assert only_problem(store).startswith("shard 00001: schema or origin differ")
+    assert "): schema or origin differ" in only_problem(store) and only_problem(store).startswith("shard 00001 (")
     assert repair(store, verify_cache(store)) == [1]
 
 
@@ -262,7 +267,7 @@ def test_a_shard_that_cannot_be_read_is_not_taken_back(store, bad_sector):
     audit = verify_cache(store)
     assert not audit.intact
     assert (audit.damaged, audit.unread, audit.missing, audit.num_verified) == ([0], [2], [], 2)
-    assert audit.unknown == [f"shard 00002: {store.root / shard_file(2)}: cannot read (Input/output error)"]
+    assert audit.unknown == [f"shard 00002 ({rows(2)}): {store.root / shard_file(2)}: cannot read (Input/output error)"]
     said = CliRunner().invoke(main, ["verify", str(store), "--repair"])
     assert said.exit_code == 1
     assert "could not be looked at: shard 00002" in said.output and "taken back: 00000\n" in said.output
@@ -315,7 +320,7 @@ def test_without_memory_nothing_is_known(store, monkeypatch):
     monkeypatch.setattr("kdcache.cache.reader.ShardReader", no_memory)
     audit = verify_cache(store)
     assert (audit.problems, audit.damaged, audit.unread) == ([], [], [0, 1, 2, 3])
-    assert audit.unknown[0] == "shard 00000: not enough memory to look at it"
+    assert audit.unknown[0] == f"shard 00000 ({rows(0)}): not enough memory to look at it"
 
 
 # --- commits that do not belong ---------------------------------------------------------------------------------------
