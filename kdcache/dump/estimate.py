@@ -28,7 +28,7 @@ from kdcache.cache.tables import IdTables
 from kdcache.dump.pilot import LEAST_SEEN, LIST_LENGTH, NUM_CONTEXTS, pilot_positions
 from kdcache.dump.select import Selected, select
 from kdcache.dump.size import CorpusSize
-from kdcache.dump.worker import plan_batches
+from kdcache.dump.worker import padded_size, plan_batches
 from kdcache.progress import Progress
 from kdcache.targets import SparseTargets, TokenSequence, kl_of_stored
 
@@ -118,7 +118,7 @@ class Pilot:
     Attributes:
         stored: Some sequences, and what the first scheme with entries keeps of them as a student would read it; empty where there is none.
         num_positions: Of all sequences.
-        teacher_seconds: Of trunk and logits alone, a token.
+        teacher_seconds: Of trunk and logits alone, a token of the corpus, with what its batches are padded by.
         schemes: In the order of the trials.
     """
 
@@ -126,6 +126,23 @@ class Pilot:
     num_positions: int
     teacher_seconds: float
     schemes: list[SchemeEstimate]
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What the teacher took for a batch. The trunk works on padding too, the logits are of tokens alone.
+
+    Attributes:
+        num_tokens: Of its sequences.
+        num_padded: With what fills them up to the longest.
+        trunk_seconds: Of the trunk.
+        logits_seconds: Of the logits.
+    """
+
+    num_tokens: int
+    num_padded: int
+    trunk_seconds: float
+    logits_seconds: float
 
 
 def run_pilot(
@@ -148,9 +165,9 @@ def run_pilot(
     batches = plan_batches([len(sequence) for sequence in sequences], compute.batch_tokens)
     if engine.head is None:
         batches = [[index] for batch in batches for index in batch]
-    timed: list[tuple[int, float]] = []
+    timed: list[Timing] = []
 
-    def read(indices: list[int], read_some: Callable[[slice], list[tuple[int, float]]]) -> list[tuple[int, float]]:
+    def read(indices: list[int], read_some: Callable[[slice], list[Timing]]) -> list[Timing]:
         def refusal(row: int) -> tuple[str, str]:
             return f"a sequence of {len(sequences[indices[row]])} tokens does not fit into memory", "--seq-len"
 
@@ -163,7 +180,7 @@ def run_pilot(
         for indices in batches:
             batch, names = [sequences[i] for i in indices], [ids[i] for i in indices]
             timed += read(indices, partial(_read, engine, trials, batch, names))
-            done = sum(tokens for tokens, _ in timed)
+            done = sum(one.num_tokens for one in timed)
             progress.update(done, f"{done:,}/{total:,} tokens")
     schemes, stored = [], list[tuple[TokenSequence, SparseTargets]]()
     for trial in trials:
@@ -174,7 +191,7 @@ def run_pilot(
     return Pilot(
         stored=stored,
         num_positions=total,
-        teacher_seconds=_a_token(timed),
+        teacher_seconds=_teacher_seconds(timed, 1.0 if engine.head is None else size.num_padded / size.num_positions),
         schemes=schemes,
     )
 
@@ -182,13 +199,13 @@ def run_pilot(
 @torch.inference_mode()
 def _read(
     engine: TransformersEngine, trials: Sequence[Trial], batch: list[TokenSequence], names: Sequence[int], some: slice
-) -> list[tuple[int, float]]:
-    """Read some of a batch for all schemes; its tokens, and the seconds of the teacher alone."""
+) -> list[Timing]:
+    """Read some of a batch for all schemes; what the teacher alone took."""
     batch, names = batch[some], names[some]
     clock, trials = _clock(engine), [trial for trial in trials if not trial.has_enough]
     started = clock()
     read = engine.read(batch)
-    seconds = clock() - started
+    trunk_seconds, logits_seconds = clock() - started, 0.0
     kept: list[list[Selected]] = [[] for _ in trials]
     uniforms = [engine.uniforms(trial.spec.targets, batch, names, read.given.device) for trial in trials]
     squares = []
@@ -196,7 +213,7 @@ def _read(
     for rows in read.chunks(engine.chunk_positions):
         started = clock()
         logits = read.logits(rows)
-        seconds += clock() - started
+        logits_seconds += clock() - started
         for number, trial in enumerate(trials):
             started, numbers = clock(), uniforms[number]
             chosen = select(logits, read.labels[rows], trial.spec.targets, None if numbers is None else numbers[rows])
@@ -210,16 +227,23 @@ def _read(
         trial.select_seconds.append((num_tokens, spent[number] + clock() - started))
         trial.said += zip(batch, said, strict=True)
         trial.squares += [chunk[number] for chunk in squares]
-    return [(num_tokens, seconds)]
+    num_padded = padded_size([len(sequence) for sequence in batch], range(len(batch)))
+    return [Timing(num_tokens, num_padded, trunk_seconds, logits_seconds)]
 
 
 @torch.inference_mode()
-def _warm_up(engine: TransformersEngine, batch: list[TokenSequence], some: slice) -> list[tuple[int, float]]:
+def _warm_up(engine: TransformersEngine, batch: list[TokenSequence], some: slice) -> list[Timing]:
     """Read some of a batch, for nothing but to have done so."""
     read = engine.read(batch[some])
     for rows in read.chunks(engine.chunk_positions):
         read.logits(rows)
     return []
+
+
+def _teacher_seconds(timed: list[Timing], padding: float) -> float:
+    """Seconds a token where ``padding`` positions are computed for each; the pilot's own sequences may be padded otherwise."""
+    trunk = _a_token([(one.num_padded, one.trunk_seconds) for one in timed])
+    return trunk * padding + _a_token([(one.num_tokens, one.logits_seconds) for one in timed])
 
 
 def _a_token(timed: list[tuple[int, float]]) -> float:

@@ -11,6 +11,7 @@ import numpy as np
 
 from kdcache.cache.shard import sequence_id
 from kdcache.corpus import CorpusCounts, make_sequences
+from kdcache.dump.worker import padded_size, plan_batches
 from kdcache.progress import Progress
 from kdcache.targets import TokenSequence
 
@@ -32,6 +33,7 @@ class CorpusSize:
         num_rows: Of the corpus.
         num_shards: That a dump makes of it.
         num_positions: Tokens of all sequences.
+        num_padded: Positions that the teacher computes: a batch is as wide as its longest sequence.
         num_sequences: Of them.
         num_cut: Rows longer than a sequence: texts that go on in the next, chats and completions that are truncated.
         num_skipped: Rows with nothing to learn.
@@ -41,6 +43,7 @@ class CorpusSize:
     num_rows: int
     num_shards: int
     num_positions: int
+    num_padded: int
     num_sequences: int
     num_cut: int
     num_skipped: int
@@ -59,11 +62,13 @@ def count_corpus(draft: Draft, sample: bool | None = None) -> CorpusSize:
     shards = spread(spec.num_shards, SAMPLED_SHARDS if sample else spec.num_shards)
     what = "all rows" if len(shards) == spec.num_shards else f"{len(shards)} of {spec.num_shards} shards"
     logger.info("counting tokens: %s, about %s tokens in all", what, f"{draft.num_tokens:,.0f}")
-    counts, positions, sequences, rows = CorpusCounts(), [], 0, []
+    counts, positions, padded, sequences, rows = CorpusCounts(), [], 0, 0, []
     with Progress("count", len(shards)) as progress:
         for number, shard in enumerate(shards, start=1):
             made = make_sequences((draft.rows[i] for i in spec.rows(shard)), spec.corpus, draft.tokenizer, counts)
-            positions.append(sum(len(sequence) for sequence in made))
+            lengths = [len(sequence) for sequence in made]
+            positions.append(sum(lengths))
+            padded += sum(padded_size(lengths, batch) for batch in plan_batches(lengths, spec.compute.batch_tokens))
             sequences += len(made)
             rows.append(len(spec.rows(shard)))
             progress.update(number, f"{number}/{len(shards)} shards, {sum(positions):,} tokens")
@@ -80,6 +85,7 @@ def count_corpus(draft: Draft, sample: bool | None = None) -> CorpusSize:
         num_rows=whole,
         num_shards=spec.num_shards,
         num_positions=round(sum(positions) * scale),
+        num_padded=round(padded * scale),
         num_sequences=round(sequences * scale),
         num_cut=round((counts.num_split + counts.num_truncated) * scale),
         num_skipped=round(counts.num_skipped * scale),

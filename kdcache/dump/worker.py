@@ -205,3 +205,8 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
             width = lengths[index]
         batches[-1].append(index)
     return batches
+
+
+def padded_size(lengths: Sequence[int], batch: Sequence[int]) -> int:
+    """Positions that a batch of these sequences takes, padding included."""
+    return len(batch) * max(lengths[index] for index in batch)

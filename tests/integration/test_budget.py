@@ -19,7 +19,8 @@ from kdcache.budget.options import PlanOptions, command_line, parse_scheme, sche
 from kdcache.cache.reader import open_cache
 from kdcache.cli import main
 from kdcache.dump import size
-from kdcache.dump.estimate import draw_error, kl_of_truncation
+from kdcache.dump.engines.transformers import pad_batch
+from kdcache.dump.estimate import Timing, _teacher_seconds, draw_error, kl_of_truncation
 from kdcache.dump.launch import dump
 from kdcache.dump.plan import draft_spec
 from kdcache.dump.select import select
@@ -75,6 +76,25 @@ def test_planned_tokens_sequences_and_shards_are_those_of_the_dump(budget, cache
     assert corpus.num_cut == stats.num_rows_split + stats.num_rows_truncated
     assert corpus.num_skipped == stats.num_rows_skipped
     assert corpus.error == 0
+
+
+def test_planned_padding_is_what_a_dump_computes(budget, tmp_path, tiny_teacher, corpus_file, monkeypatch):
+    shapes = []
+
+    def noted(batch):
+        shapes.append(pad_batch(batch))
+        return shapes[-1]
+
+    monkeypatch.setattr("kdcache.dump.engines.transformers.pad_batch", noted)
+    dump(dumped(tiny_teacher, corpus_file, tmp_path / "c"))
+    assert budget.corpus.num_padded == sum(ids.numel() for ids, _ in shapes) > budget.corpus.num_positions
+
+
+def test_hours_do_not_depend_on_how_the_pilot_was_padded():
+    """Of the same 200 positions 50 are tokens, or all; the corpus is padded by a tenth."""
+    for tokens in (50, 200):
+        seconds = _teacher_seconds([Timing(tokens, 200, 2.0, tokens / 50)] * 3, 1.1)
+        assert seconds == pytest.approx(2.0 / 200 * 1.1 + 1 / 50)
 
 
 def test_planned_bytes_are_near_those_of_the_dump(budget, caches):
