@@ -176,8 +176,12 @@ class RemoteStore:
         with self._writable(name):
             if self._ask(f"write {name}", create, name):
                 return True
-        # Perhaps by us: the answer to an earlier try was lost.
-        return len(data) <= OWN_BYTES and self.exists(name) and self.read(name) == data
+        if len(data) > OWN_BYTES:
+            return False
+        try:  # perhaps by us: the answer to an earlier try was lost
+            return self.read(name) == data
+        except CacheNotFoundError:  # a lease, released since
+            return False
 
     def replace(self, name: str, data: bytes) -> None:
         """Publish a file over whatever stands there. Only for what can be derived again."""

@@ -148,9 +148,9 @@ class TrainOptions(Options):
     gradient_checkpointing: Annotated[bool, Field(description="Trade time for memory in the trunk.")] = False
     seed: Annotated[int, Field(description="Of order, dropout and initial weights.")] = 0
     eval_steps: Annotated[Annotated[int, Field(ge=1)] | None, Field(description="Evaluate every so many steps.")] = None
-    save_steps: Annotated[Annotated[int, Field(ge=1)] | None, Field(description="Checkpoint every so many steps.")] = (
-        None
-    )
+    save_steps: Annotated[
+        int, Field(ge=0, description="Checkpoint every so many steps, the two newest are kept; 0 makes none.")
+    ] = 500
     logging_steps: Annotated[int, Field(ge=1, description="Log every so many steps.")] = 10
     report_to: Annotated[str, Field(description="tensorboard, wandb, trackio (comma-separated) or none.")] = "none"
     training: Annotated[

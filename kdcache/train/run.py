@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,6 +164,9 @@ def train_stage(options: TrainOptions) -> TrainResult:
     trainer.add_callback(ProgressLine(trainer))
     trainer.accelerator.wait_for_everyone()  # all ranks have looked at what the folder held
     if trainer.is_world_process_zero():
+        if not options.resume:  # else a later run that is told to resume would take up the one before
+            for folder in output.glob("checkpoint-*"):
+                shutil.rmtree(folder)
         write_provenance(output, "train-student", "train-student", options, str(arguments.device))
     checkpoint = last_checkpoint(output) if options.resume else None
     if checkpoint:
@@ -237,6 +241,7 @@ def training_arguments(options: TrainOptions) -> Any:
         "eval_steps": options.eval_steps,
         "save_strategy": "steps" if options.save_steps else "no",
         "save_steps": options.save_steps or 500,
+        "save_total_limit": 2,
         "logging_steps": options.logging_steps,
         "report_to": [] if options.report_to == "none" else options.report_to.split(","),
         "remove_unused_columns": False,

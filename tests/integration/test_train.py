@@ -25,7 +25,7 @@ from kdcache.models import load_model
 from kdcache.train.forward import extend_forward, run_objective
 from kdcache.train.objective import Objective
 from kdcache.train.options import TrainOptions
-from kdcache.train.run import last_checkpoint, train
+from kdcache.train.run import last_checkpoint, train, training_arguments
 from kdcache.train.stream import CacheDataset, TargetDecoder, collate
 from tests.conftest import VOCAB_SIZE, make_llama, texts
 from tests.online import live_distillation
@@ -287,7 +287,13 @@ def test_packed_loss_equals_the_sum_of_unpacked_losses(tmp_path, tiny_teacher, t
 
 def test_resume_is_exact(tmp_path, top_cache, tiny_student):
     """Stopped after 5 of 9 steps and taken up again: the same losses, the same weights, bit for bit."""
-    settings = {"max_steps": 9, "save_steps": 3, "lr_scheduler_type": "cosine", "warmup_steps": 2}
+    settings = {
+        "max_steps": 9,
+        "save_steps": 3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 2,
+        "training": {"optim": "adamw_torch", "dataloader_pin_memory": False, "save_total_limit": 3},
+    }
     whole = run(top_cache, tiny_student, tmp_path / "whole", **settings)
     run(top_cache, tiny_student, tmp_path / "cut", **settings)
     cut = tmp_path / "cut"
@@ -302,6 +308,21 @@ def test_resume_is_exact(tmp_path, top_cache, tiny_student):
     assert losses(cut) == losses(tmp_path / "whole")
     for name, value in weights(tmp_path / "whole").items():
         assert torch.equal(weights(cut)[name], value), name
+
+
+def test_checkpoints_unless_told_otherwise(tmp_path, top_cache, tiny_student):
+    asked = {"cache": str(top_cache), "student": str(tiny_student), "output": str(tmp_path)}
+    arguments = training_arguments(TrainOptions.model_validate(asked))
+    assert (arguments.save_strategy, arguments.save_steps, arguments.save_total_limit) == ("steps", 500, 2)
+    assert training_arguments(TrainOptions.model_validate(asked | {"save_steps": 0})).save_strategy == "no"
+
+
+def test_a_run_that_begins_anew_leaves_no_checkpoint_of_the_one_before(tmp_path, top_cache, tiny_student):
+    """Else, cut off and told to resume, it would take that one up."""
+    run(top_cache, tiny_student, tmp_path / "out", max_steps=6, save_steps=2)
+    assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-6"}
+    run(top_cache, tiny_student, tmp_path / "out", max_steps=3, save_steps=0, resume=False)
+    assert last_checkpoint(tmp_path / "out") is None
 
 
 def test_tokens_are_those_of_the_sequences(tmp_path, tiny_teacher, tiny_student, corpus_file):

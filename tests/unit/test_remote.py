@@ -212,6 +212,24 @@ def test_what_fails_in_passing_is_tried_again(faulty, kind, caplog):
     assert "trying again" in caplog.text or kind == "412 after success"
 
 
+def test_another_writers_file_may_go_while_it_is_looked_at(faulty, monkeypatch):
+    """A lease: taken by another worker when we ask for it, and released before we see whose it is."""
+    fs, _ = faulty._connect()
+
+    def taken(path, data, **options):
+        raise FileExistsError(path)
+
+    def gone(path, **options):
+        raise FileNotFoundError(path)
+
+    faulty.replace("leases/00000.json", b"another's")
+    before = iter([False])  # no lease when we first look
+    monkeypatch.setattr(faulty, "exists", lambda name: next(before, True))
+    monkeypatch.setattr(fs, "pipe_file", taken)
+    monkeypatch.setattr(fs, "cat_file", gone)
+    assert not faulty.put_if_absent("leases/00000.json", b"ours")
+
+
 def test_what_fails_for_good(faulty):
     for kind, refused in (("503 for good", StoreUnavailableError), ("403 for good", StoreError)):
         FaultyMemory.fail(1, kind)
