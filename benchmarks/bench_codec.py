@@ -2,9 +2,10 @@
 
 Targets of a real teacher, dumped exactly, then stored by each codec. Bytes are of whole files, over all positions; ours hold
 tokens, masks, tails, entropies and label logprobs too, the peers' only ids, logprobs and tails. KL(said ‖ stored) over entries
-and tail, where the peers' logprobs are rescaled to what the tail leaves, as ours are. Decoding ends in arrays entry after entry, then in
-``[N, K]``: ours in the tensors that travel to the training device, the peers' in ids and logprobs. "To ours" is to the row of the scheme that holds the
-standard quality without id tables (of draws, the counts alone).
+and tail, where the peers' logprobs are rescaled to what the tail leaves, as ours are. Decoding ends in arrays a sequence,
+then in tensors: ours in the integers that travel to the training device, which lays them out and takes the logarithms; the peers' in
+ids and logprobs ``[N, K]``. "To ours" is to the row of the scheme that holds the standard quality without id tables (of draws, the
+counts alone).
 
     python benchmarks/bench_codec.py [--dataset FILE] [--split 'train[:40]'] [--rounds 3]
 """
@@ -60,7 +61,7 @@ class Row:
         num_positions: That each of the two goes through.
         encode: None where it is not timed.
         decode: To arrays, entry after entry; None where it is not timed.
-        lay_out: To ``[N, K]``.
+        to_tensors: As they are handed to the device.
     """
 
     targets: str
@@ -70,12 +71,12 @@ class Row:
     num_positions: float
     encode: Callable[[], object] | None = None
     decode: Callable[[], object] | None = None
-    lay_out: Callable[[], object] | None = None
+    to_tensors: Callable[[], object] | None = None
 
 
 def timed(table: list[Row], rounds: int) -> list[str]:
     """The rows with M positions/s, best of several rounds; each round goes through all, so that a slow minute is everyone's."""
-    runs = [(row, run) for row in table for run in (row.encode, row.decode, row.lay_out)]
+    runs = [(row, run) for row in table for run in (row.encode, row.decode, row.to_tensors)]
     best = [float("inf")] * len(runs)
     for _ in range(rounds):
         for number, (_, run) in enumerate(runs):
@@ -85,11 +86,11 @@ def timed(table: list[Row], rounds: int) -> list[str]:
     own = next(number for number, row in enumerate(table) if row.stored_as in STANDARD)
     lines = []
     for number, row in enumerate(table):
-        encode, decode, lay_out = rates[3 * number : 3 * number + 3]
-        to_ours = row.num_bytes / table[own].num_bytes, lay_out / rates[3 * own + 2]
+        encode, decode, to_tensors = rates[3 * number : 3 * number + 3]
+        to_ours = row.num_bytes / table[own].num_bytes, to_tensors / rates[3 * own + 2]
         cells = [
             row.targets, row.stored_as, f"{row.num_bytes:.1f}", f"{to_ours[0]:.2f}", *row.cells,
-            *(f"{rate:.2f}" if rate else "" for rate in (encode, decode, lay_out)), f"{to_ours[1]:.2f}",
+            *(f"{rate:.2f}" if rate else "" for rate in (encode, decode, to_tensors)), f"{to_ours[1]:.2f}",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -132,7 +133,7 @@ def ours(name: str, stored_as: str, rows: Rows, codec: Codec) -> Row:
         name, f"kdcache, {stored_as}", len(builder.finish()) / num_positions, [kl, kept], num_positions,
         encode=lambda: [codec.encode(targets, contexts) for targets, contexts in asked],
         decode=lambda: [codec.decode(frames, len(c), "x", c) for frames, c in encoded] and None,
-        lay_out=lambda: [collate_targets([codec.decode(frames, len(c), "x", c)]) for frames, c in encoded] and None,
+        to_tensors=lambda: [collate_targets([codec.decode(frames, len(c), "x", c)]) for frames, c in encoded] and None,
     )  # fmt: skip
 
 
@@ -160,7 +161,7 @@ def theirs(name: str, stored_as: str, rows: Rows, k: int) -> Row:
     return Row(
         name, stored_as, len(data) / len(said), [" / ".join(f"{x:.1e}" for x in kl), f"{top_1_kept(said, after):.2%}"], len(said),
         encode=lambda: peer.encode(said, k),
-        lay_out=lambda: peer.decode(data, k),
+        to_tensors=lambda: peer.decode(data, k),
     )  # fmt: skip
 
 
@@ -170,7 +171,7 @@ def a_copy(name: str, rows: Rows) -> Row:
     width = len(said.logprobs) / len(said) * 6
     return Row(
         name, "a copy in memory of ids and half floats", width, ["", ""], said.logprobs.nbytes / width,
-        lay_out=said.logprobs.copy,
+        to_tensors=said.logprobs.copy,
     )  # fmt: skip
 
 
@@ -186,7 +187,7 @@ def main() -> None:
     parser.add_argument("--pilot-split", default="train[20:60]", help="makes one where there is none")
     args = parser.parse_args()
     header = ["targets", "stored as", "bytes/token", "to ours", "KL at T = 1 / 2", "top-1 kept",
-              "encode, M positions/s", "decode", "decode to [N, K]", "to ours"]  # fmt: skip
+              "encode, M positions/s", "decode", "to tensors", "to ours"]  # fmt: skip
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     with tempfile.TemporaryDirectory() as folder:
         common = {"teacher": args.teacher, "dataset": args.dataset, "seq_len": args.seq_len, "dtype": "bfloat16",

@@ -290,7 +290,7 @@ def main() -> None:
         lines.append(f"| {what} | {number} | {noticed:.1%} | {by_name:.1%} |")
     lines += [
         "",
-        "Named: `verify` names the file (of a shard its number, of a table its digest) and calls no other shard damaged. Which sequence of a",
+        "Named: `verify` names the file (of a shard its number and its rows of the corpus, of a table its digest) and calls no other shard damaged. Which sequence of a",
         "shard it is, a digest of the whole shard cannot say. Missing files do not count `manifest.json`: it follows from the commits, and",
         "a cache without it is one that was not sealed.",
         "",

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kdcache.cache.jit import compiled
 from kdcache.cache.limits import enough_memory
 from kdcache.cache.tables import ascending
 from kdcache.errors import CacheCorruptError
-from kdcache.targets import BoolArray, CountArray, FloatArray, SparseTargets, UIntArray, in_rectangle, rescale_entries
+from kdcache.targets import CountArray, FloatArray, SparseTargets, UIntArray, rescale_entries
 
 # Of float32 logprobs over a large vocabulary, amply.
 MASS_ROUNDING = 1e-3
@@ -93,40 +90,6 @@ def _check_masses(logprobs: FloatArray, tail: FloatArray, num_entries: UIntArray
     masses = np.add.reduceat(np.exp(logprobs), np.cumsum(counts) - counts, dtype=np.float64) + np.exp(tail[some])
     if masses.max() > 1 + MASS_ROUNDING:
         raise CacheCorruptError(f"entries and tail of a position have mass {masses.max():.3g}, 1 was expected")
-
-
-class Rectangle:
-    """Runs of entries, a run a position, laid out ``[N, K]`` as a device takes them; K is the longest run, 1 at least.
-
-    Unused slots repeat the position's first entry. Positions without entries hold anything.
-
-    Args:
-        num_entries: ``[N]``.
-    """
-
-    def __init__(self, num_entries: UIntArray) -> None:
-        self._num_entries, self._width = num_entries, max(int(num_entries.max(initial=0)), 1)
-        self.is_full = bool((num_entries == self._width).all())
-
-    @property
-    def used(self) -> BoolArray:
-        """``[N, K]``: the slots that hold an entry of their own."""
-        narrow: type[np.unsignedinteger[Any]] = np.uint8 if self._width < 1 << 8 else np.uint32
-        slots = np.arange(self._width, dtype=narrow)  # as many side by side as can be
-        return np.asarray(slots < self._num_entries.astype(narrow)[:, None], dtype=np.bool_)
-
-    def lay_out(self, entries: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """``[E]`` of 8, 16, 32 or 64 bits, as ``[N, K]``."""
-        if self.is_full:
-            return entries.reshape(-1, self._width)
-        if loops := compiled():
-            return np.asarray(loops.to_rectangle(entries, self._num_entries, self._width))
-        padded = np.append(entries, np.zeros(1, dtype=entries.dtype))  # where the last positions hold none
-        return np.asarray(padded[self._slots])
-
-    @cached_property
-    def _slots(self) -> npt.NDArray[np.int64]:
-        return in_rectangle(self._num_entries)[1]
 
 
 def float_to_bfloat16(array: FloatArray) -> npt.NDArray[np.uint16]:

@@ -68,21 +68,6 @@ def to_rows(columns: Entries, num_entries: Numbers, starts: npt.NDArray[np.int64
     return out
 
 
-def to_rectangle(entries: Entries, num_entries: Numbers, width: int) -> Entries:
-    """:meth:`kdcache.cache.compact.Rectangle.lay_out`."""
-    out = np.empty((len(num_entries), width), dtype=entries.dtype)
-    e = 0
-    for n in range(len(num_entries)):
-        count = num_entries[n]
-        first = entries[e] if e < len(entries) else out.dtype.type(0)
-        for slot in range(width):
-            out[n, slot] = first
-        for slot in range(count):
-            out[n, slot] = entries[e + slot]
-        e += count
-    return out
-
-
 def to_columns(entries: Entries, num_entries: Numbers, starts: npt.NDArray[np.int64]) -> Entries:
     """:meth:`ColumnOrder.to_columns`."""
     out = np.empty_like(entries)

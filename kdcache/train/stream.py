@@ -5,8 +5,8 @@ a run of it, cut into micro-batches and dealt to ranks; so the sequences of an o
 number of ranks and accumulation steps that make up the same global batch. The last global batch of an epoch is filled up
 with sequences whose mask is off: every rank does the same number of micro-batches, every sequence counts once an epoch.
 
-**Transport.** Targets travel as the small integers that the codec stores and become logprobs on the training device
-(:func:`decode_buckets`); the numpy twin of that is ``CompactTargets.expand``.
+**Transport.** Targets travel as the small integers that the codec stores, entries one after the other, and become rectangles of logprobs
+on the training device (:meth:`TargetDecoder.decode_buckets`); the numpy twin of that is ``CompactTargets.expand``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from kdcache.cache.compact import CompactTargets, Rectangle
+from kdcache.cache.compact import CompactTargets
 from kdcache.cache.limits import enough_memory
 from kdcache.cache.reader import CacheReader
 from kdcache.heads import OutputHead
@@ -223,7 +223,13 @@ def collate(items: list[Item]) -> dict[str, torch.Tensor]:
 
 
 def collate_targets(compact: Sequence[CompactTargets]) -> dict[str, np.ndarray[Any, Any]]:
-    """Compact targets of several sequences as rectangles ``[N, K]``; unused slots repeat the position's first entry."""
+    """Compact targets of several sequences, as they travel: entries one after the other, the device lays them out (:func:`in_slots`).
+
+    Returns:
+        ``tails`` ``[N, num_temperatures]``; ``slots`` ``[K]`` int32, 0 to the most entries of a position, at least one; ``token_ids``
+        int32 or int64, ``values`` ``[E]``, ``counts`` ``[E, num_temperatures]`` int16 where there are draws; ``num_entries`` ``[N]`` int32
+        unless all have K; ``entropy`` ``[N]`` of frequencies. Or ``tails`` and ``hidden`` ``[N, D]``.
+    """
     arrays: dict[str, np.ndarray[Any, Any]] = {
         "tails": np.concatenate([targets.tails for targets in compact]),
     }
@@ -231,19 +237,47 @@ def collate_targets(compact: Sequence[CompactTargets]) -> dict[str, np.ndarray[A
         hidden = np.concatenate([targets.hidden for targets in compact if targets.hidden is not None])
         arrays["hidden"] = hidden.view(np.int16) if hidden.dtype == np.uint16 else hidden
         return arrays
-    rectangle = Rectangle(np.concatenate([targets.num_entries for targets in compact]))
+    num_entries = np.concatenate([targets.num_entries for targets in compact])
+    most = int(num_entries.max(initial=1))
+    arrays["slots"] = np.arange(most, dtype=np.int32)
     ids = np.concatenate([targets.token_ids for targets in compact])
-    arrays["token_ids"] = rectangle.lay_out(ids.astype(np.int64 if ids.max(initial=0) >= 1 << 31 else np.int32))
-    arrays["values"] = rectangle.lay_out(np.concatenate([targets.values for targets in compact]))
+    wide = ids.max(initial=0) >= 1 << 31
+    arrays["token_ids"] = ids.astype(np.int64) if wide else ids.astype(np.uint32, copy=False).view(np.int32)
+    arrays["values"] = np.concatenate([targets.values for targets in compact])
     if compact[0].counts is not None:
-        counts_ET = np.concatenate([targets.counts for targets in compact if targets.counts is not None])
-        counts = [rectangle.lay_out(np.ascontiguousarray(counts_E)) for counts_E in counts_ET.astype(np.int16).T]
-        arrays["counts"] = counts[0][:, :, None] if len(counts) == 1 else np.stack(counts, axis=2)
+        counts = np.concatenate([targets.counts for targets in compact if targets.counts is not None])
+        arrays["counts"] = counts.view(np.int16)  # torch has few uses for uint16
     if compact[0].frequencies:
         arrays["entropy"] = np.concatenate([targets.entropy for targets in compact])
-    if not rectangle.is_full:
-        arrays["used"] = rectangle.used
+    if len(ids) != len(num_entries) * most:
+        arrays["num_entries"] = num_entries.astype(np.int32)
     return arrays
+
+
+def in_slots(
+    num_entries: torch.Tensor | None, slots: torch.Tensor, num_positions: int, entries: Sequence[torch.Tensor]
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """Runs of entries as rectangles, a row a position, without a word to the host; the torch twin of ``in_rectangle``.
+
+    Args:
+        num_entries: ``[N]``; None where every position has K.
+        slots: ``[K]``, 0 to K - 1.
+        num_positions: N.
+        entries: ``[E, ...]``, runs of ``num_entries[n]``.
+
+    Returns:
+        ``[N, K, ...]`` of each; unused slots repeat the position's first entry, and where it has none hold anything. And
+        ``[N, K]`` bool, the slots that are used; None for all.
+    """
+    if num_entries is None:
+        return [values.view(num_positions, len(slots), *values.shape[1:]) for values in entries], None
+    sizes_N = num_entries.long()
+    used_NK = slots < sizes_N[:, None]
+    entry_NK = (sizes_N.cumsum(0) - sizes_N)[:, None] + torch.where(used_NK, slots, 0)
+    if not len(entries[0]):
+        entries = [values.new_zeros(1, *values.shape[1:]) for values in entries]
+    entry_NK.clamp_(max=len(entries[0]) - 1)
+    return [values[entry_NK] for values in entries], used_NK
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -298,20 +332,26 @@ class TargetDecoder:
 
     def decode_buckets(self, columns: dict[str, torch.Tensor]) -> BucketTargets:
         """Levels to logprobs at T: ``log_softmax(level / T) + log(1 - tail)``, the torch twin of ``at_temperature``."""
-        values, tails = columns["values"], columns["tails"][:, self.temperature_column]
-        scores_NK = values if self.value_table is None else self.value_table[values.int()]
+        tails = columns["tails"][:, self.temperature_column]
+        names = [name for name in ("token_ids", "values", "counts") if name in columns]
+        laid_out, used_NK = in_slots(
+            columns.get("num_entries"), columns["slots"], len(tails), [columns[name] for name in names]
+        )
+        rectangles = dict(zip(names, laid_out, strict=True))
+        values_NK = rectangles["values"]
+        scores_NK = values_NK if self.value_table is None else self.value_table[values_NK.int()]
         tail_N = tails if self.tail_table is None else self.tail_table[tails.int()]
         scores_NK = scores_NK / self.temperature
-        if "used" in columns:
-            scores_NK = scores_NK.masked_fill(~columns["used"], -torch.inf)
+        if used_NK is not None:
+            scores_NK = scores_NK.masked_fill(~used_NK, -torch.inf)
         log_head = torch.log(-torch.expm1(tail_N))
         logprobs_NK = torch.log_softmax(scores_NK, dim=1) + log_head[:, None]
         ratios_NK = None
-        if "counts" in columns:
-            counts_NKT = columns["counts"].int() & 0xFFFF  # uint16 travels as int16
+        if "counts" in rectangles:
+            counts_NKT = rectangles["counts"].int() & 0xFFFF  # uint16 travels as int16
             ratios_NK = draw_ratios(counts_NKT, self.temperature_column, logprobs_NK, tail_N)
         excess_N = entropy_of(logprobs_NK) - columns["entropy"] if "entropy" in columns else None
-        return BucketTargets(columns["token_ids"].long(), logprobs_NK, tail_N, ratios_NK, self.temperature, excess_N)
+        return BucketTargets(rectangles["token_ids"].long(), logprobs_NK, tail_N, ratios_NK, self.temperature, excess_N)
 
 
 def draw_ratios(counts_NKT: torch.Tensor, column: int, logprobs_NK: torch.Tensor, tail_N: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from kdcache.cache import jit
 from kdcache.cache.codec import Codec
-from kdcache.cache.compact import Rectangle
 from kdcache.cache.frames import compress, decompress
 from kdcache.cache.tables import IdTables
 from kdcache.errors import KDCacheError
@@ -221,17 +220,3 @@ def test_no_position_and_no_entry():
         assert_forms_agree(lambda codec=codec, targets=targets: codec.encode(targets))
         frames = codec.encode(targets)
         assert_forms_agree(lambda codec=codec, frames=frames, n=n: codec.decode(frames, n, "x"))
-
-
-@given(st.lists(st.integers(0, 6), max_size=12), st.sampled_from([np.uint8, np.int16, np.int32, np.int64, np.float32]))
-def test_rectangles_are_the_same(sizes, dtype):
-    """Every used slot, and in unused ones the first entry; positions without entries may hold anything."""
-    sizes = np.array(sizes, dtype=np.uint32)
-    entries = np.arange(1, sizes.sum() + 1).astype(dtype)
-    forms = Rectangle(sizes).lay_out(entries), with_numpy(lambda: Rectangle(sizes).lay_out(entries))
-    runs = np.split(entries, np.cumsum(sizes)[:-1]) if len(sizes) else []
-    for found in forms:
-        assert (found.dtype, found.shape) == (dtype, (len(sizes), max([1, *sizes.tolist()])))
-        for row, used, run in zip(found, Rectangle(sizes).used, runs, strict=True):
-            assert row[used].tolist() == run.tolist()
-            assert not len(run) or (row[~used] == run[0]).all()

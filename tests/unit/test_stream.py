@@ -5,10 +5,21 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kdcache.cache.codec import Codec
-from kdcache.targets import SparseTargets, TokenSequence
-from kdcache.train.stream import IGNORED, Item, KDBatchSampler, TargetDecoder, collate, decode_all, epoch_order
+from kdcache.targets import SparseTargets, TokenSequence, in_rectangle
+from kdcache.train.stream import (
+    IGNORED,
+    Item,
+    KDBatchSampler,
+    TargetDecoder,
+    collate,
+    decode_all,
+    epoch_order,
+    in_slots,
+)
 
 FINGERPRINT = "0123456789abcdef0123456789abcdef"
 
@@ -106,7 +117,7 @@ def test_padding_not_masked():
     assert (batch["labels"][1, 5:] == IGNORED).all()
     assert not batch["target_mask"][1, 4:].any()
     assert batch["position_ids"][1].tolist() == list(range(9))
-    assert int(batch["target_mask"].sum()) == len(long[2]) + len(short[2]) == len(batch["kd0_token_ids"])
+    assert int(batch["target_mask"].sum()) == len(long[2]) + len(short[2]) == len(batch["kd0_tails"])
 
 
 def test_off_by_one_mask():
@@ -152,9 +163,28 @@ def test_ragged_positions_share_a_rectangle():
     codec = Codec("exact", 50, (1.0, 2.0), 3)
     batch = collate([Item(sequence, (codec.decode(codec.encode(ragged), 5, "x"),))])
     decoded = TargetDecoder(1.0, 0, None, None).decode(batch)
-    assert batch["kd0_used"].sum(1).tolist() == counts.tolist()
+    assert (decoded.logprobs > -torch.inf).sum(1).tolist() == counts.tolist()
     assert (decoded.token_ids[1] == decoded.token_ids[1, 0]).all()
     assert (decoded.logprobs[1, 1:] == -torch.inf).all()
+
+
+@given(st.lists(st.integers(0, 6), max_size=12), st.sampled_from([np.uint8, np.int16, np.int32, np.float32]))
+def test_a_rectangle_is_its_numpy_twin(sizes, dtype):
+    """Every used slot, and in unused ones the first entry; positions without entries may hold anything."""
+    sizes, width = np.array(sizes, dtype=np.int32), max([1, *sizes])
+    entries = np.arange(1, sizes.sum() + 1).astype(dtype)
+    pairs = np.stack([entries, 2 * entries], axis=1)
+    given_sizes = None if (sizes == width).all() else torch.from_numpy(sizes)
+    slots = torch.arange(width, dtype=torch.int32)
+    (found, doubled), used = in_slots(
+        given_sizes, slots, len(sizes), [torch.from_numpy(entries), torch.from_numpy(pairs)]
+    )
+    wanted_used, wanted = in_rectangle(sizes)
+    assert found.shape == doubled.shape[:2] == wanted.shape and found.numpy().dtype == dtype
+    assert wanted_used.all() if used is None else np.array_equal(used.numpy(), wanted_used)
+    some = sizes > 0
+    np.testing.assert_array_equal(found.numpy()[some], entries[wanted[some]])
+    np.testing.assert_array_equal(doubled.numpy()[some], pairs[wanted[some]])
 
 
 def drawn_item(codec, seed=0, scheme="hybrid"):
