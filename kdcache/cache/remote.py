@@ -30,7 +30,8 @@ import fsspec
 
 from kdcache.cache.copies import ABANDONED_SECONDS, LocalCopies
 from kdcache.cache.layout import TEMPORARY
-from kdcache.errors import CacheNotFoundError, ConfigError, StoreError, StoreUnavailableError
+from kdcache.cache.limits import max_file_bytes
+from kdcache.errors import CacheCorruptError, CacheNotFoundError, ConfigError, StoreError, StoreUnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -88,23 +89,29 @@ class RemoteStore:
 
         Raises:
             CacheNotFoundError: There is none.
+            CacheCorruptError: It is larger than a file of its kind.
             StoreError: It cannot be read.
         """
-        with self._found(name):
-            return bytes(self._ask(f"read {name}", lambda fs, path: fs.cat_file(path), name))
+        return self.read_all([name])[0]
 
     def read_all(self, names: list[str]) -> list[bytes]:
         """Several small files, many at a time.
 
         Raises:
             CacheNotFoundError: One of them is not there.
+            CacheCorruptError: One is larger than a file of its kind.
             StoreError: One cannot be read.
         """
         found: list[bytes] = []
         for first in range(0, len(names), READS_AT_ONCE):
             some = names[first : first + READS_AT_ONCE]
+            limits = [max_file_bytes(name) for name in some]
             with self._found(some[0]):
-                found += self._ranges(some, [0] * len(some), [None] * len(some))
+                # A byte more than there may be is as much as is ever fetched.
+                found += self._ranges(some, [0] * len(some), [None if limit is None else limit + 1 for limit in limits])
+            for name, limit, data in zip(some, limits, found[first:], strict=True):
+                if limit is not None and len(data) > limit:
+                    raise CacheCorruptError(f"{self}/{name}: at most {limit} bytes were expected, found more")
         return found
 
     def map(self, name: str, num_bytes: int, digest: str | None = None) -> mmap.mmap:
@@ -235,11 +242,20 @@ class RemoteStore:
         """Parts of files, all at once."""
 
         def cat(fs: Any, root: str) -> list[bytes]:
-            parts = fs.cat_ranges([f"{root}/{name}" for name in names], list(starts), list(ends), on_error="raise")
-            for part in parts:
-                if isinstance(part, BaseException):  # older s3fs hands it back instead
+            paths = [f"{root}/{name}" for name in names]
+            found = []
+            for path, part in zip(
+                paths, fs.cat_ranges(paths, list(starts), list(ends), on_error="return"), strict=True
+            ):
+                if not isinstance(part, BaseException):
+                    found.append(bytes(part))
+                elif (
+                    not isinstance(part, _ANSWERS) and fs.info(path)["size"] == 0
+                ):  # a part of nothing is an error to some
+                    found.append(b"")
+                else:
                     raise part
-            return [bytes(part) for part in parts]
+            return found
 
         answer: list[bytes] = self._ask(f"read {names[0]}", cat)
         return answer

@@ -12,7 +12,7 @@ import xxhash
 from click.testing import CliRunner
 
 from kdcache.cache import copies as copies_module
-from kdcache.cache import remote
+from kdcache.cache import limits, remote
 from kdcache.cache.commit import check_writers
 from kdcache.cache.copies import LocalCopies
 from kdcache.cache.reader import open_cache
@@ -90,6 +90,22 @@ def test_the_first_writer_wins(store):
     assert store.read("commits/00000.json") == b"first"
     store.replace("commits/00000.json", b"third")
     assert store.read("commits/00000.json") == b"third"
+
+
+def test_a_file_larger_than_its_kind_is_not_fetched_whole(store, monkeypatch):
+    """A stranger's record; and an empty file is one of no bytes, whatever a store says of parts of nothing."""
+    monkeypatch.setitem(limits.MAX_FILE_BYTES, "commits", 1000)
+    for size in (0, 1, 1000, 1001, 50_000):
+        names = [f"commits/{size + number:05d}.json" for number in range(2)]
+        store.replace(names[0], bytes(size))
+        store.replace(names[1], b"{}")
+        if size <= 1000:
+            assert store.read(names[0]) == bytes(size)
+            assert store.read_all(names) == [bytes(size), b"{}"]
+            continue
+        for read in (lambda: store.read(names[0]), lambda: store.read_all(names)):  # noqa: B023
+            with pytest.raises(CacheCorruptError, match=f"{names[0]}: at most 1000 bytes were expected, found"):
+                read()
 
 
 def test_each_server_is_asked_itself(moto_port, seaweed_port):
