@@ -1,7 +1,8 @@
 """Leases keep two workers from doing the same work at the same time; they never decide what counts.
 
 A lease that is lost, stale or stolen can cost time and never correctness: the first commit of a shard wins, whoever made it.
-One is stale when it has expired, when its process of this host no longer runs, and when this very process has given it up.
+One is stale when it has expired, or says that it will far from now, when its process of this host no longer runs, and when this very
+process has given it up.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from kdcache.cache.store import Store, hostname, is_running
 from kdcache.errors import CacheNotFoundError, KDCacheError
 
 LEASE_SECONDS = 120.0
+# Clocks of two hosts are no further apart; who says that a lease ends later than this says nothing.
+CLOCK_SECONDS = 86_400.0
 # Tokens of the leases that this process holds: one under its own number that is not among them was given up.
 _HELD: set[str] = set()
 
@@ -90,8 +93,8 @@ class Holder:
     token: str
 
     def is_live(self, now: float) -> bool:
-        """Neither expired nor, on this host, dead, nor given up by this process."""
-        if self.expires < now:
+        """Neither expired (or without a credible end) nor, on this host, dead, nor given up by this process."""
+        if not now <= self.expires <= now + LEASE_SECONDS + CLOCK_SECONDS:
             return False
         if self.host != hostname():
             return True

@@ -262,7 +262,9 @@ def test_a_lease_that_cannot_be_read_is_stale(store, junk):
     assert claim(store, 1) is not None
 
 
-@pytest.mark.parametrize("number", [{"pid": float("inf")}, {"expires": 10**400}])
+@pytest.mark.parametrize(
+    "number", [{"pid": float("inf")}, *({"expires": end} for end in (10**400, 1e300, float("inf"), float("nan")))]
+)
 def test_a_lease_with_a_number_past_all_bounds_is_stale(store, number):
     leave_lease(store, host="elsewhere", **number)
     assert claim(store, 1) is not None
