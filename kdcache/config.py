@@ -205,23 +205,24 @@ def read_section(config: str, command: str) -> dict[str, Any]:
     return {str(name).replace("-", "_"): value for name, value in raw.items()}
 
 
-def provenance(command: str, options: BaseModel, device: str) -> dict[str, Any]:
+def provenance(command: str, options: BaseModel, device: str, **more: Any) -> dict[str, Any]:
     """What produced a result: versions, command line, device, every option as resolved."""
     return {
         "command": command,
         "argv": sys.argv,
         "device": device,
+        **more,
         "versions": library_versions(),
         "options": options.model_dump(mode="json", by_alias=True),
     }
 
 
-def run_files(name: str, command: str, options: BaseModel, device: str) -> dict[str, bytes]:
+def run_files(name: str, command: str, options: BaseModel, device: str, **more: Any) -> dict[str, bytes]:
     """``<name>.yaml`` (a config file that repeats the run) and ``<name>.provenance.json``, by file name."""
     resolved = {command: options.model_dump(mode="json", exclude_none=True, by_alias=True)}
     return {
         f"{name}.yaml": yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True).encode(),
-        f"{name}.provenance.json": (json.dumps(provenance(command, options, device), indent=2) + "\n").encode(),
+        f"{name}.provenance.json": (json.dumps(provenance(command, options, device, **more), indent=2) + "\n").encode(),
     }
 
 
@@ -230,10 +231,10 @@ def run_name() -> str:
     return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}"
 
 
-def write_provenance(folder: Path, name: str, command: str, options: BaseModel, device: str) -> None:
-    """Write :func:`run_files` into a folder."""
+def write_provenance(folder: Path, name: str, command: str, options: BaseModel, device: str, **more: Any) -> None:
+    """Write :func:`run_files` into a folder; ``more`` stands in the provenance."""
     folder.mkdir(parents=True, exist_ok=True)
-    for file, data in run_files(name, command, options, device).items():
+    for file, data in run_files(name, command, options, device, **more).items():
         replace_file(folder / file, data.decode())
 
 

@@ -40,6 +40,8 @@ FREE_TO_CHANGE = {
     "eval_cache",
     "chunk_positions",
 }
+# Options that may differ where their product over all ranks does not.
+DEALT = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +132,8 @@ def train_stage(options: TrainOptions) -> TrainResult:
     source = find_model(options.student)
     tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
     arguments = training_arguments(options)
+    if options.resume:
+        _check_same_steps(output, _step(arguments))
     adapter = source.adapter if options.lora else None  # trained on, where adapters are asked for; else merged
     model = load_model(
         dataclasses.replace(source, adapter=None) if adapter else source,
@@ -167,7 +171,7 @@ def train_stage(options: TrainOptions) -> TrainResult:
         if not options.resume:  # else a later run that is told to resume would take up the one before
             for folder in output.glob("checkpoint-*"):
                 shutil.rmtree(folder)
-        write_provenance(output, "train-student", "train-student", options, str(arguments.device))
+        write_provenance(output, "train-student", "train-student", options, str(arguments.device), **_step(arguments))
     checkpoint = last_checkpoint(output) if options.resume else None
     if checkpoint:
         logger.info("going on from %s", checkpoint)
@@ -302,7 +306,7 @@ def _check_same_run(output: Path, options: TrainOptions) -> None:
     differing = [
         name
         for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and name not in FREE_TO_CHANGE
+        if before.get(name) != now.get(name) and name not in FREE_TO_CHANGE | DEALT
     ]
     if differing:
         lines = "".join(f"\n  {n}: begun with {before.get(n)!r}, this run asks for {now.get(n)!r}" for n in differing)
@@ -310,6 +314,28 @@ def _check_same_run(output: Path, options: TrainOptions) -> None:
             f"{output} holds a run with other settings:{lines}",
             hint="use another --output, or --no-resume to begin anew",
         )
+
+
+def _check_same_steps(output: Path, step: dict[str, int]) -> None:
+    """Refuse to go on with steps of another size: which sequences make a step depends on their number alone.
+
+    Args:
+        output: Of the run.
+        step: What the provenance says of a step, see :func:`_step`.
+    """
+    before = read_mapping(output / "train-student.provenance.json") or {}
+    if before.get("sequences_per_step", step["sequences_per_step"]) != step["sequences_per_step"]:
+        raise CacheMismatchError(
+            f"{output} holds a run with steps of {before['sequences_per_step']} sequences (on {before['world_size']} ranks), this run asks for "
+            f"{step['sequences_per_step']} (on {step['world_size']})",
+            hint="--per-device-train-batch-size times --gradient-accumulation-steps times ranks stays the same, or use another --output",
+        )
+
+
+def _step(arguments: Any) -> dict[str, int]:
+    """Ranks, and sequences of a step over all of them."""
+    on_a_rank = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    return {"world_size": arguments.world_size, "sequences_per_step": on_a_rank * arguments.world_size}
 
 
 def _check_targets(reader: CacheReader) -> None:

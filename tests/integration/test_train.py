@@ -219,11 +219,12 @@ def test_normalisation_under_accumulation(
 
 def test_normalisation_over_ranks(tmp_path, top_cache, tiny_student):
     """Two ranks under torchrun follow one process with the same global batch."""
-    one = run(top_cache, tiny_student, tmp_path / "one", per_device_train_batch_size=8)
+    settings = {"per_device_train_batch_size": 8, "save_steps": 3}
+    one = run(top_cache, tiny_student, tmp_path / "one", **settings)
     config = tmp_path / "run.yaml"
     config.write_text(
         f"train-student: {{cache: {top_cache}, student: {tiny_student}, output: {tmp_path / 'two'}, learning_rate: 0.003, "
-        "lr_scheduler_type: constant, per_device_train_batch_size: 4, max_steps: 6, logging_steps: 1, "
+        "lr_scheduler_type: constant, per_device_train_batch_size: 4, max_steps: 6, logging_steps: 1, save_steps: 3, "
         "training: {optim: adamw_torch, dataloader_pin_memory: false}}"
     )
     done = on_two_ranks("-m", "kdcache", "train-student", "--config", str(config))
@@ -231,6 +232,15 @@ def test_normalisation_over_ranks(tmp_path, top_cache, tiny_student):
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=0, atol=2e-5)
     two = json.loads((tmp_path / "two" / "train_results.json").read_text())
     assert two["train_tokens"] == one.results["train_tokens"]
+    # Cut off after three steps, and taken up by one process.
+    (tmp_path / "two" / "train_results.json").unlink()
+    shutil.rmtree(tmp_path / "two" / "checkpoint-6")
+    with pytest.raises(CacheMismatchError, match=r"steps of 8 sequences \(on 2 ranks\), this run asks for 4 \(on 1\)"):
+        run(top_cache, tiny_student, tmp_path / "two", **settings | {"per_device_train_batch_size": 4})
+    dealt = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    again = run(top_cache, tiny_student, tmp_path / "two", **settings | dealt)
+    assert again.results["resumed"] and again.results["train_tokens"] == one.results["train_tokens"]
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=0, atol=2e-5)
 
 
 def test_ranks_wait_for_the_student_of_the_stage_before(tmp_path, top_cache, tiny_student):
