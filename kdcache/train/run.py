@@ -255,7 +255,10 @@ def training_arguments(options: TrainOptions) -> Any:
     _check_loggers(given["report_to"])
     if options.gradient_checkpointing:
         names = {field.name for field in dataclasses.fields(TrainingArguments)}
-        given["activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"] = True
+        if "activation_checkpointing" in names:
+            given["activation_checkpointing"] = True
+        else:  # reentrant ones, once the default, give no gradient where only adapters are trained
+            given |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     try:
         return TrainingArguments(**(given | options.training))
     except TypeError as error:

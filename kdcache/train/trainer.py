@@ -101,7 +101,8 @@ class KDTrainer(Trainer):
         own, rollouts = _readers(student_cache), _readers(rollout_cache)
         self.recipe.check(self.caches, self.eval_caches, own, rollouts, mixed=bool(mix))
         args.remove_unused_columns = False  # the columns are tensors that the model's own forward does not know
-        args.include_num_input_tokens_seen = "no"  # counted here: transformers would count padding
+        # Counted here: transformers would count padding. Before 5.0 it asks for a truth value, and "no" is true.
+        args.include_num_input_tokens_seen = "no" if isinstance(args.include_num_input_tokens_seen, str) else False
         args._n_gpu = min(
             args.n_gpu, 1
         )  # several GPUs are for torchrun: DataParallel would cut targets and tokens apart
