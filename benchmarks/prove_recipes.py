@@ -394,7 +394,9 @@ def main() -> None:
         "--only", type=lambda text: text.split(","), default=list(EXPERIMENTS), help="experiments, separated by commas"
     )
     parser.add_argument("--report", action="store_true", help="only write down what --root has")
-    parser.add_argument("--root", help="keep caches and students here, and go on from what is there")
+    parser.add_argument(
+        "--root", help="keep caches and students here, and go on from what is there (with the same options)"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(args.root or temporary)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from kdcache.cache.layout import LEASES, lease_name, parse_number
 from kdcache.cache.store import Store, hostname, is_running
-from kdcache.errors import CacheNotFoundError, KDCacheError
+from kdcache.errors import CacheCorruptError, CacheNotFoundError, KDCacheError
 
 LEASE_SECONDS = 120.0
 # Clocks of two hosts are no further apart; who says that a lease ends later than this says nothing.
@@ -115,7 +115,7 @@ def _read_holder(store: Store, name: str, shard: int) -> Holder | None:
     try:
         about = json.loads(store.read(name))
         return Holder(shard, str(about["host"]), int(about["pid"]), float(about["expires"]), str(about["token"]))
-    except (CacheNotFoundError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+    except (CacheNotFoundError, CacheCorruptError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 

@@ -29,8 +29,8 @@ from typing import Any
 import fsspec
 
 from kdcache.cache.copies import ABANDONED_SECONDS, LocalCopies
-from kdcache.cache.layout import TEMPORARY
-from kdcache.cache.limits import max_file_bytes
+from kdcache.cache.layout import TABLES, TEMPORARY
+from kdcache.cache.limits import MAX_FILE_BYTES, enough_memory, max_file_bytes
 from kdcache.errors import CacheCorruptError, CacheNotFoundError, ConfigError, StoreError, StoreUnavailableError
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,16 @@ class RemoteStore:
             CacheCorruptError: It is larger than a file of its kind.
             StoreError: It cannot be read.
         """
-        return self.read_all([name])[0]
+        if not name.startswith(f"{TABLES}/"):
+            return self.read_all([name])[0]
+        with self._found(name), enough_memory(f"{self}/{name}"):
+            size, limit = (
+                self._ask(f"read {name}", lambda fs, path: fs.info(path), name)["size"],
+                MAX_FILE_BYTES[TABLES],
+            )
+            if size > limit:
+                raise CacheCorruptError(f"{self}/{name}: at most {limit} bytes were expected, found {size}")
+            return b"".join(self._pieces(name, size))
 
     def read_all(self, names: list[str]) -> list[bytes]:
         """Several small files, many at a time.
@@ -132,12 +141,8 @@ class RemoteStore:
                 info = self._ask(f"read {name}", lambda fs, path: fs.info(path), name)
                 if info["size"] != num_bytes:
                     raise StoreError(f"{self}/{name}: {num_bytes} bytes were committed, found {info['size']}")
-                step = RANGE_BYTES * RANGES_AT_ONCE
-                for first in range(0, num_bytes, step):
-                    starts = list(range(first, min(first + step, num_bytes), RANGE_BYTES))
-                    ends = [min(start + RANGE_BYTES, num_bytes) for start in starts]
-                    for part in self._ranges([name] * len(starts), starts, ends):
-                        write(part)
+                for piece in self._pieces(name, num_bytes):
+                    write(piece)
                 return _version(info)
 
         copies, named = LocalCopies.from_environment(version_of), PurePosixPath(name).stem.rpartition("-")[2]
@@ -187,7 +192,7 @@ class RemoteStore:
             return False
         try:  # perhaps by us: the answer to an earlier try was lost
             return self.read(name) == data
-        except CacheNotFoundError:  # a lease, released since
+        except (CacheNotFoundError, CacheCorruptError):  # a lease that was released since, and no file of ours
             return False
 
     def replace(self, name: str, data: bytes) -> None:
@@ -238,6 +243,14 @@ class RemoteStore:
         with self._writable(TEMPORARY):
             return bool(self._ask("create a file", create_twice))
 
+    def _pieces(self, name: str, num_bytes: int) -> Iterator[bytes]:
+        """A large file, a few parts at a time."""
+        step = RANGE_BYTES * RANGES_AT_ONCE
+        for first in range(0, num_bytes, step):
+            starts = list(range(first, min(first + step, num_bytes), RANGE_BYTES))
+            ends = [min(start + RANGE_BYTES, num_bytes) for start in starts]
+            yield from self._ranges([name] * len(starts), starts, ends)
+
     def _ranges(self, names: list[str], starts: list[int], ends: Sequence[int | None]) -> list[bytes]:
         """Parts of files, all at once."""
 
@@ -249,12 +262,11 @@ class RemoteStore:
             ):
                 if not isinstance(part, BaseException):
                     found.append(bytes(part))
-                elif (
-                    not isinstance(part, _ANSWERS) and fs.info(path)["size"] == 0
-                ):  # a part of nothing is an error to some
-                    found.append(b"")
-                else:
+                    continue
+                # To some stores a part of an empty file is an error.
+                if isinstance(part, _ANSWERS) or fs.info(path)["size"]:
                     raise part
+                found.append(b"")
             return found
 
         answer: list[bytes] = self._ask(f"read {names[0]}", cat)

@@ -27,7 +27,8 @@ from kdcache.evaluate.bootstrap import deviation
 from kdcache.progress import Progress
 from kdcache.sweep.grid import Student, SweepOptions, plan_students
 from kdcache.sweep.shown import plot
-from kdcache.train.run import RESULTS, stages_of, train
+from kdcache.train.resume import RESULTS
+from kdcache.train.run import stages_of, train
 
 logger = logging.getLogger(__name__)
 EVALUATION = "evaluation.json"

@@ -149,7 +149,11 @@ class TrainOptions(Options):
     seed: Annotated[int, Field(description="Of order, dropout and initial weights.")] = 0
     eval_steps: Annotated[Annotated[int, Field(ge=1)] | None, Field(description="Evaluate every so many steps.")] = None
     save_steps: Annotated[
-        int, Field(ge=0, description="Checkpoint every so many steps, the two newest are kept; 0 makes none.")
+        int,
+        Field(
+            ge=0,
+            description="Checkpoint every so many steps, the two newest are kept, and stay when all is done if this is given; 0 makes none.",
+        ),
     ] = 500
     logging_steps: Annotated[int, Field(ge=1, description="Log every so many steps.")] = 10
     report_to: Annotated[str, Field(description="tensorboard, wandb, trackio (comma-separated) or none.")] = "none"

@@ -5,17 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kdcache.cache.commit import check_no_cache
 from kdcache.cache.reader import CacheReader, open_cache
-from kdcache.config import check_options, read_mapping, read_section, replace_file, write_provenance
+from kdcache.config import check_options, read_mapping, replace_file, write_provenance
 from kdcache.errors import CacheMismatchError, ConfigError
 from kdcache.heads import check_packing
 from kdcache.model_files import find_model
@@ -24,24 +22,11 @@ from kdcache.targets import check_alignment
 from kdcache.train.card import describe_cache, model_card
 from kdcache.train.lora import add_lora
 from kdcache.train.options import TrainOptions
+from kdcache.train.resume import RESULTS, begin_anew, check_same_run, last_checkpoint, remove_checkpoints, step_of
 
 logger = logging.getLogger(__name__)
 
-RESULTS = "train_results.json"
 ALIGNMENT_SAMPLE = 32
-# Options that may differ when a run is taken up again: they change where it looks, not what it computes.
-FREE_TO_CHANGE = {
-    "resume",
-    "output",
-    "report_to",
-    "logging_steps",
-    "save_steps",
-    "eval_steps",
-    "eval_cache",
-    "chunk_positions",
-}
-# Options that may differ where their product over all ranks does not.
-DEALT = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +53,7 @@ def train(options: TrainOptions) -> TrainResult:
     for number, stage in enumerate(stages, start=1):
         if len(stages) > 1:
             logger.info("stage %d of %d, in %s", number, len(stages), stage.output)
-        result = train_stage(stage)
+        result = train_stage(stage, [Path(later.output) for later in stages[number:]])
     return result
 
 
@@ -96,15 +81,19 @@ def stages_of(options: TrainOptions) -> list[TrainOptions]:
     return stages
 
 
-def train_stage(options: TrainOptions) -> TrainResult:
+def train_stage(options: TrainOptions, later: Sequence[Path] = ()) -> TrainResult:
     """Run one stage; running it again goes on from the last checkpoint, or says that all is done.
+
+    Args:
+        options: Of the stage.
+        later: Outputs of the stages after it, which begin anew where this one does.
 
     Raises:
         CacheMismatchError: Cache and student do not belong together, or the output holds another run.
         KDCacheError: Anything else that a user can meet.
     """
     output = Path(options.output)
-    _check_same_run(output, options)
+    check_same_run(output, options)
     if options.resume and (done := read_mapping(output / RESULTS)) is not None:
         return TrainResult(done, already_done=True)
     caches = [(open_cache(path, allow_incomplete=options.allow_incomplete), w) for path, w in options.cache.items()]
@@ -117,7 +106,7 @@ def train_stage(options: TrainOptions) -> TrainResult:
     from transformers import PrinterCallback, set_seed
 
     from kdcache.train.recipe import Recipe
-    from kdcache.train.trainer import KDTrainer, MetricsFile, ProgressLine
+    from kdcache.train.trainer import Checkpoints, KDTrainer, MetricsFile, ProgressLine
 
     recipe = Recipe.of(options.alpha, options.temperature, options.loss, options.loss_args)
     recipe.check(caches, eval_caches, own, rollouts, mixed=bool(options.mix))
@@ -132,8 +121,6 @@ def train_stage(options: TrainOptions) -> TrainResult:
     source = find_model(options.student)
     tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
     arguments = training_arguments(options)
-    if options.resume:
-        _check_same_steps(output, _step(arguments))
     adapter = source.adapter if options.lora else None  # trained on, where adapters are asked for; else merged
     model = load_model(
         dataclasses.replace(source, adapter=None) if adapter else source,
@@ -162,16 +149,15 @@ def train_stage(options: TrainOptions) -> TrainResult:
         rollout_cache=rollouts,
         chunk_positions=options.chunk_positions,
         processing_class=tokenizer,
-        callbacks=[MetricsFile(output / "metrics.jsonl")],
+        callbacks=[MetricsFile(output / "metrics.jsonl"), Checkpoints()],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressLine(trainer))
     trainer.accelerator.wait_for_everyone()  # all ranks have looked at what the folder held
     if trainer.is_world_process_zero():
         if not options.resume:  # else a later run that is told to resume would take up the one before
-            for folder in output.glob("checkpoint-*"):
-                shutil.rmtree(folder)
-        write_provenance(output, "train-student", "train-student", options, str(arguments.device), **_step(arguments))
+            begin_anew([output, *later])
+        write_provenance(output, "train-student", "train-student", options, str(arguments.device), **step_of(options))
     checkpoint = last_checkpoint(output) if options.resume else None
     if checkpoint:
         logger.info("going on from %s", checkpoint)
@@ -208,6 +194,8 @@ def train_stage(options: TrainOptions) -> TrainResult:
     if trainer.is_world_process_zero():
         (output / "README.md").write_text(model_card(options, results))
         replace_file(output / RESULTS, json.dumps(results, indent=2) + "\n")
+        if "save_steps" not in options.model_fields_set:  # made to go on from, and there is no more to do
+            remove_checkpoints(output)
     trainer.accelerator.wait_for_everyone()  # the first rank wrote what the next stage reads
     return TrainResult(results)
 
@@ -282,63 +270,6 @@ def _check_loggers(names: list[str]) -> None:
             raise ConfigError(
                 f"report_to {name}: {str(error).splitlines()[0]}", hint=f"pip install {name}, or --report-to none"
             ) from error
-
-
-def last_checkpoint(output: Path) -> str | None:
-    """The newest checkpoint whose writing was finished: its ``trainer_state.json``, written last, can be read."""
-    found = sorted(
-        output.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]) if p.name[11:].isdigit() else -1
-    )
-    for folder in reversed(found):
-        try:
-            json.loads((folder / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            logger.warning("%s was not finished; going on from the one before", folder)
-            continue
-        return str(folder)
-    return None
-
-
-def _check_same_run(output: Path, options: TrainOptions) -> None:
-    """Refuse to go on with other settings than the output was begun with."""
-    before_file = output / "train-student.yaml"
-    if not before_file.is_file() or not options.resume:
-        return
-    before = read_section(str(before_file), "train-student")
-    now = yaml.safe_load(yaml.safe_dump(options.model_dump(mode="json", exclude_none=True, by_alias=True)))
-    differing = [
-        name
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and name not in FREE_TO_CHANGE | DEALT
-    ]
-    if differing:
-        lines = "".join(f"\n  {n}: begun with {before.get(n)!r}, this run asks for {now.get(n)!r}" for n in differing)
-        raise CacheMismatchError(
-            f"{output} holds a run with other settings:{lines}",
-            hint="use another --output, or --no-resume to begin anew",
-        )
-
-
-def _check_same_steps(output: Path, step: dict[str, int]) -> None:
-    """Refuse to go on with steps of another size: which sequences make a step depends on their number alone.
-
-    Args:
-        output: Of the run.
-        step: What the provenance says of a step, see :func:`_step`.
-    """
-    before = read_mapping(output / "train-student.provenance.json") or {}
-    if before.get("sequences_per_step", step["sequences_per_step"]) != step["sequences_per_step"]:
-        raise CacheMismatchError(
-            f"{output} holds a run with steps of {before['sequences_per_step']} sequences (on {before['world_size']} ranks), this run asks for "
-            f"{step['sequences_per_step']} (on {step['world_size']})",
-            hint="--per-device-train-batch-size times --gradient-accumulation-steps times ranks stays the same, or use another --output",
-        )
-
-
-def _step(arguments: Any) -> dict[str, int]:
-    """Ranks, and sequences of a step over all of them."""
-    on_a_rank = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-    return {"world_size": arguments.world_size, "sequences_per_step": on_a_rank * arguments.world_size}
 
 
 def _check_targets(reader: CacheReader) -> None:

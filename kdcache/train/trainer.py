@@ -336,6 +336,23 @@ class ProgressLine(TrainerCallback):
         self.progress.__exit__(None, None, None)
 
 
+class Checkpoints(TrainerCallback):
+    """Checkpoints as they are asked for now: not as the run that is taken up asked, and not one more at the end, where the student is saved."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Transformers takes the intervals from the checkpoint."""
+        state.compute_steps(args, state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Transformers saves at the last step, whatever it is."""
+        if (
+            state.global_step >= state.max_steps
+            and state.global_step % state.save_steps
+            and not args.load_best_model_at_end
+        ):
+            control.should_save = False
+
+
 class MetricsFile(TrainerCallback):
     """``metrics.jsonl`` beside the student: a line a log, whatever other loggers there are.
 

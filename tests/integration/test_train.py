@@ -25,8 +25,10 @@ from kdcache.models import load_model
 from kdcache.train.forward import extend_forward, run_objective
 from kdcache.train.objective import Objective
 from kdcache.train.options import TrainOptions
-from kdcache.train.run import last_checkpoint, train, training_arguments
+from kdcache.train.resume import last_checkpoint
+from kdcache.train.run import train, training_arguments
 from kdcache.train.stream import CacheDataset, TargetDecoder, collate
+from kdcache.train.trainer import KDTrainer
 from tests.conftest import VOCAB_SIZE, make_llama, texts
 from tests.online import live_distillation
 
@@ -235,7 +237,9 @@ def test_normalisation_over_ranks(tmp_path, top_cache, tiny_student):
     # Cut off after three steps, and taken up by one process.
     (tmp_path / "two" / "train_results.json").unlink()
     shutil.rmtree(tmp_path / "two" / "checkpoint-6")
-    with pytest.raises(CacheMismatchError, match=r"steps of 8 sequences \(on 2 ranks\), this run asks for 4 \(on 1\)"):
+    with pytest.raises(
+        CacheMismatchError, match=r"of a step: begun with 8 \(on 2 ranks\), this run asks for 4 \(on 1\)"
+    ):
         run(top_cache, tiny_student, tmp_path / "two", **settings | {"per_device_train_batch_size": 4})
     dealt = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     again = run(top_cache, tiny_student, tmp_path / "two", **settings | dealt)
@@ -327,12 +331,65 @@ def test_checkpoints_unless_told_otherwise(tmp_path, top_cache, tiny_student):
     assert training_arguments(TrainOptions.model_validate(asked | {"save_steps": 0})).save_strategy == "no"
 
 
-def test_a_run_that_begins_anew_leaves_no_checkpoint_of_the_one_before(tmp_path, top_cache, tiny_student):
-    """Else, cut off and told to resume, it would take that one up."""
-    run(top_cache, tiny_student, tmp_path / "out", max_steps=6, save_steps=2)
-    assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-6"}
-    run(top_cache, tiny_student, tmp_path / "out", max_steps=3, save_steps=0, resume=False)
-    assert last_checkpoint(tmp_path / "out") is None
+class KilledError(Exception):
+    """As if the process had ended here."""
+
+
+def kill(*args, **kwargs):
+    raise KilledError
+
+
+def test_what_was_done_before_a_run_began_anew_is_not_taken_up(tmp_path, top_cache, tiny_student, monkeypatch):
+    """Two stages are done; --no-resume is killed in the first, and told to resume: neither results nor checkpoints are the old ones."""
+    settings = {"max_steps": 3, "save_steps": 1, "then": [{"alpha": 0.0}]}
+    run(top_cache, tiny_student, tmp_path / "out", **settings)
+    before = weights(tmp_path / "out")
+    with monkeypatch.context() as killed:
+        killed.setattr(KDTrainer, "training_step", kill)
+        with pytest.raises(KilledError):
+            run(top_cache, tiny_student, tmp_path / "out", seed=7, resume=False, **settings)
+    assert last_checkpoint(tmp_path / "out") is last_checkpoint(tmp_path / "out" / "stage-1") is None
+    again = run(top_cache, tiny_student, tmp_path / "out", seed=7, **settings)
+    assert not again.already_done and not again.results["resumed"]
+    assert any(not torch.equal(value, before[name]) for name, value in weights(tmp_path / "out").items())
+
+
+def test_checkpoints_that_nobody_asked_for_go_when_there_is_no_more_to_do(
+    tmp_path, top_cache, tiny_student, monkeypatch
+):
+    """And no run makes one at its last step, beside the student itself."""
+    seen = []
+    save = KDTrainer._save_checkpoint
+    monkeypatch.setattr(
+        KDTrainer, "_save_checkpoint", lambda self, *a, **k: seen.append(self.state.global_step) or save(self, *a, **k)
+    )
+    run(top_cache, tiny_student, tmp_path / "asked", max_steps=5, save_steps=2)
+    assert seen == [2, 4] and last_checkpoint(tmp_path / "asked") == str(tmp_path / "asked" / "checkpoint-4")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "checkpoint-best").mkdir()
+    monkeypatch.setattr("kdcache.train.run.training_arguments", every_second)
+    run(top_cache, tiny_student, tmp_path / "own", max_steps=5)
+    assert seen == [2, 4, 2, 4] and [path.name for path in (tmp_path / "own").glob("checkpoint-*")] == [
+        "checkpoint-best"
+    ]
+
+
+def every_second(options):
+    """As the default would be, had it been 2."""
+    arguments = training_arguments(options)
+    arguments.save_steps = 2
+    return arguments
+
+
+def test_a_finished_run_with_steps_of_another_size_is_another_run(tmp_path, top_cache, tiny_student):
+    run(top_cache, tiny_student, tmp_path / "out", max_steps=2, per_device_train_batch_size=4)
+    dealt = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    assert run(top_cache, tiny_student, tmp_path / "out", max_steps=2, **dealt).already_done
+    with pytest.raises(CacheMismatchError, match="per_device_train_batch_size: begun with 4, this run asks for 8"):
+        run(top_cache, tiny_student, tmp_path / "out", max_steps=2, per_device_train_batch_size=8)
+    (tmp_path / "out" / "train-student.provenance.json").unlink()
+    with pytest.raises(CacheMismatchError, match="gradient_accumulation_steps: begun with 1, this run asks for 2"):
+        run(top_cache, tiny_student, tmp_path / "out", max_steps=2, **dealt)
 
 
 def test_tokens_are_those_of_the_sequences(tmp_path, tiny_teacher, tiny_student, corpus_file):

@@ -255,7 +255,18 @@ def test_a_lease_of_a_dead_process_is_stale(store):
 
 
 @pytest.mark.parametrize(
-    "junk", [b"", b"{", b"[]", b"null", b"{}", b'{"host": 1, "pid": "x", "expires": 0}', b"\xff", b"[" * 100_000]
+    "junk",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"{}",
+        b'{"host": 1, "pid": "x", "expires": 0}',
+        b"\xff",
+        b"[" * 100_000,
+        bytes((1 << 20) + 1),
+    ],
 )
 def test_a_lease_that_cannot_be_read_is_stale(store, junk):
     store.put_if_absent("leases/00001.json", junk)

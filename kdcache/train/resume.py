@@ -1,0 +1,120 @@
+"""Going on with a run that was cut off: what must be as it was, from which checkpoint, and when not."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import yaml
+
+from kdcache.config import read_mapping, read_section
+from kdcache.errors import CacheMismatchError, ConfigError
+from kdcache.train.options import TrainOptions
+
+logger = logging.getLogger(__name__)
+
+RESULTS = "train_results.json"
+# As kdcache.config.run_files names them.
+OPTIONS, PROVENANCE = "train-student.yaml", "train-student.provenance.json"
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# Options that may differ when a run is taken up again: they change where it looks, not what it computes.
+FREE_TO_CHANGE = {
+    "resume",
+    "output",
+    "report_to",
+    "logging_steps",
+    "save_steps",
+    "eval_steps",
+    "eval_cache",
+    "chunk_positions",
+}
+# Options that may differ where their product over all ranks does not: which sequences make a step depends on that alone.
+DEALT = ("per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+def step_of(options: TrainOptions) -> dict[str, int]:
+    """For the provenance: ranks, and sequences of an optimiser step over all of them."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    on_a_rank = math.prod(int(options.training.get(name, getattr(options, name))) for name in DEALT)
+    return {"world_size": ranks, "sequences_per_step": on_a_rank * ranks}
+
+
+def check_same_run(output: Path, options: TrainOptions) -> None:
+    """Refuse to go on with other settings than the output was begun with.
+
+    Raises:
+        CacheMismatchError: Options differ that change what is computed, or the sequences of a step, however they are dealt to ranks.
+        ConfigError: The run begins anew with a student that would be removed first.
+    """
+    if not options.resume:
+        if Path(options.student).resolve() in {folder.resolve() for folder in checkpoints(output)}:
+            raise ConfigError(
+                f"--student {options.student} is a checkpoint in {output}, which --no-resume removes",
+                hint="use another --output",
+            )
+        return
+    before_file = output / OPTIONS
+    if not before_file.is_file():
+        return
+    before = read_section(str(before_file), "train-student")
+    now = yaml.safe_load(yaml.safe_dump(options.model_dump(mode="json", exclude_none=True, by_alias=True)))
+    differing = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    dealt = [name for name in differing if name in DEALT]
+    begun = read_mapping(output / PROVENANCE) or {}
+    step, step_before = step_of(options), begun.get("sequences_per_step")
+    of_one_size = step_before == step["sequences_per_step"] or (step_before is None and not dealt)
+    done = read_mapping(output / RESULTS) is not None  # on how many ranks does not matter then
+    lines = [
+        f"\n  {name}: begun with {before.get(name)!r}, this run asks for {now.get(name)!r}"
+        for name in differing
+        if name not in FREE_TO_CHANGE and not (name in DEALT and of_one_size)
+    ]
+    if not of_one_size and not dealt and not done:
+        lines.append(
+            f"\n  sequences of a step: begun with {step_before} (on {begun.get('world_size')} ranks), this run asks for "
+            f"{step['sequences_per_step']} (on {step['world_size']})"
+        )
+    if lines:
+        raise CacheMismatchError(
+            f"{output} holds a run with other settings:{''.join(lines)}",
+            hint="use another --output, or --no-resume to begin anew",
+        )
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """Those of a run, oldest first."""
+    found = [(match, folder) for folder in output.glob("checkpoint-*") if (match := CHECKPOINT.fullmatch(folder.name))]
+    return [folder for _, folder in sorted((int(match[1]), folder) for match, folder in found) if folder.is_dir()]
+
+
+def last_checkpoint(output: Path) -> str | None:
+    """The newest checkpoint whose writing was finished: its ``trainer_state.json``, written last, can be read."""
+    for folder in reversed(checkpoints(output)):
+        try:
+            json.loads((folder / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            logger.warning("%s was not finished; going on from the one before", folder)
+            continue
+        return str(folder)
+    return None
+
+
+def remove_checkpoints(output: Path) -> None:
+    """All of a run."""
+    for folder in checkpoints(output):
+        shutil.rmtree(folder)
+
+
+def begin_anew(outputs: Iterable[Path]) -> None:
+    """Remove what a later run would take for its own: that a run is done, its checkpoints, and what it was asked for."""
+    for output in outputs:
+        (output / RESULTS).unlink(missing_ok=True)
+        remove_checkpoints(output)
+        for name in (OPTIONS, PROVENANCE):
+            (output / name).unlink(missing_ok=True)
