@@ -22,10 +22,13 @@ from kdcache.cache.commit import (
 from kdcache.cache.layout import COMMITS, MANIFEST, PLAN, commit_name, parse_misspelt, parse_number, table_name
 from kdcache.cache.manifest import Commit, Manifest, Plan, derive_manifest, to_json
 from kdcache.cache.reader import CacheReader
-from kdcache.cache.shard import sequence_id
+from kdcache.cache.shard import ShardReader, sequence_id
 from kdcache.cache.store import Store
 from kdcache.errors import CacheCorruptError, CacheError, CacheMismatchError, KDCacheError, StoreUnavailableError
 from kdcache.targets import check_alignment
+
+# Sequences of a damaged shard that a message names.
+MOST_NAMED = 10
 
 
 @dataclass(slots=True)
@@ -248,15 +251,43 @@ def repair(store: Store, audit: Audit) -> list[int]:
 
 
 def _verify_shard(reader: CacheReader, position: int, deep: bool) -> int:
-    shard = reader.open_shard(position)
+    try:
+        shard = reader.open_shard(position)
+    except CacheCorruptError as error:
+        raise CacheCorruptError(error.message + _where_in_shard(reader, position), hint=error.hint) from error
     expected = reader.manifest.shards.num_sequences[position]
     if len(shard) != expected:
         raise CacheCorruptError(f"{shard.where}: {expected} sequences were committed, found {len(shard)}")
     for row in range(len(shard) if deep else 0):
-        where = f"{shard.where}, sequence {row}"
-        if shard.sequence_id(row) != sequence_id(reader.manifest.shards.shard[position], row):
-            raise CacheCorruptError(f"{where}: found the sequence id {shard.sequence_id(row)}")
-        sequence = shard.sequence(row)
-        targets = shard.targets(row, sequence).expand(reader.temperatures)
-        check_alignment(sequence, targets, where, 2 * reader.codec.logprob_error_bound(targets.label_logprobs))
+        _verify_sequence(reader, shard, position, row)
     return len(shard)
+
+
+def _where_in_shard(reader: CacheReader, position: int) -> str:
+    """Which sequences are those that do not read, where the file itself can still be read; no more is known of a shard's bytes than its digest."""
+    try:
+        shard = reader.open_shard(position, check_digest=False)
+        damaged = [row for row in range(len(shard)) if not _reads(reader, shard, position, row)]
+    except (CacheError, MemoryError):
+        return ""
+    if not damaged:
+        return f"; each of its {len(shard)} sequences reads, the damage lies between them"
+    named = ", ".join(map(str, damaged[:MOST_NAMED])) + (", ..." if len(damaged) > MOST_NAMED else "")
+    return f"; damaged are sequences {named} of its {len(shard)}"
+
+
+def _reads(reader: CacheReader, shard: ShardReader, position: int, row: int) -> bool:
+    try:
+        _verify_sequence(reader, shard, position, row)
+    except CacheError:
+        return False
+    return True
+
+
+def _verify_sequence(reader: CacheReader, shard: ShardReader, position: int, row: int) -> None:
+    where = f"{shard.where}, sequence {row}"
+    if shard.sequence_id(row) != sequence_id(reader.manifest.shards.shard[position], row):
+        raise CacheCorruptError(f"{where}: found the sequence id {shard.sequence_id(row)}")
+    sequence = shard.sequence(row)
+    targets = shard.targets(row, sequence).expand(reader.temperatures)
+    check_alignment(sequence, targets, where, 2 * reader.codec.logprob_error_bound(targets.label_logprobs))

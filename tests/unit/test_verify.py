@@ -4,6 +4,7 @@ import json
 import os
 import resource
 
+import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 
@@ -74,6 +75,27 @@ def test_a_flipped_bit_is_named_by_shard_and_rows(store):
     flip(store, shard_file(2))
     assert only_problem(store).startswith(f"shard 00002 ({rows(2)}): digest")
     assert verify_cache(store).num_verified == 3
+
+
+@pytest.mark.parametrize("column", ["input_ids", "num_entries", "levels", "logz"])
+def test_a_flipped_bit_of_a_sequence_is_named_by_sequence(store, column):
+    name = shard_file(2)
+    data = store.read(name)
+    cells = pa.ipc.open_file(data).get_batch(0).column(column)
+    for row in (0, len(cells) - 1):
+        cell = cells[row].as_py()
+        assert data.count(cell) == 1
+        flip(store, name, data.index(cell) + len(cell) - 1)
+        told = only_problem(store)
+        assert told.startswith(f"shard 00002 ({rows(2)}): digest"), told
+        assert told.endswith(f"; damaged are sequences {row} of its {len(cells)}"), told
+        store.replace(name, data)
+    flip(store, name, data.index(b"ARROW1"))
+    assert only_problem(store).endswith(f"({store.root / name})"), "no Arrow file: nothing is known of its sequences"
+    store.replace(name, data)
+    if sum(map(len, cells.to_pylist())) % 8:
+        flip(store, name, data.index(cell) + len(cell))  # Arrow fills buffers up to 8 bytes
+        assert only_problem(store).endswith(f"; each of its {len(cells)} sequences reads, the damage lies between them")
 
 
 def test_every_damaged_shard_is_named(store):
