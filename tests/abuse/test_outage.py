@@ -13,7 +13,7 @@ run_to_the_end({**options, "output": str(root / "reference")})
 with server_for_forks(root / "seaweed") as server:
     here = {"options": options, "reference": root / "reference"}
     killed = [kill_client(**here, name="killed", number=25, when="after", workers=1, then=2)]
-    said = [kill_server(**here, server=server, name="away", number=30, when="before", workers=2, then=1)]
+    said = [kill_server(**here, server=server, name="away", number=30, when="before", workers=1, then=2)]
 print(json.dumps({"killed": killed, "said": said}))
 """
 
