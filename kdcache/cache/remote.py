@@ -95,10 +95,8 @@ class RemoteStore:
         if not name.startswith(f"{TABLES}/"):
             return self.read_all([name])[0]
         with self._found(name), enough_memory(f"{self}/{name}"):
-            size, limit = (
-                self._ask(f"read {name}", lambda fs, path: fs.info(path), name)["size"],
-                MAX_FILE_BYTES[TABLES],
-            )
+            limit = MAX_FILE_BYTES[TABLES]
+            size = self._ask(f"read {name}", lambda fs, path: fs.info(path), name)["size"]
             if size > limit:
                 raise CacheCorruptError(f"{self}/{name}: at most {limit} bytes were expected, found {size}")
             return b"".join(self._pieces(name, size))

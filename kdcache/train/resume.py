@@ -105,6 +105,13 @@ def last_checkpoint(output: Path) -> str | None:
     return None
 
 
+def asked_for_checkpoints(options: TrainOptions) -> bool:
+    """Whether someone wants them besides going on from them: by ``save_steps``, or by any such option of ``training``."""
+    return "save_steps" in options.model_fields_set or any(
+        name.startswith("save_") or name == "load_best_model_at_end" for name in options.training
+    )
+
+
 def remove_checkpoints(output: Path) -> None:
     """All of a run."""
     for folder in checkpoints(output):

@@ -22,7 +22,15 @@ from kdcache.targets import check_alignment
 from kdcache.train.card import describe_cache, model_card
 from kdcache.train.lora import add_lora
 from kdcache.train.options import TrainOptions
-from kdcache.train.resume import RESULTS, begin_anew, check_same_run, last_checkpoint, remove_checkpoints, step_of
+from kdcache.train.resume import (
+    RESULTS,
+    asked_for_checkpoints,
+    begin_anew,
+    check_same_run,
+    last_checkpoint,
+    remove_checkpoints,
+    step_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +202,7 @@ def train_stage(options: TrainOptions, later: Sequence[Path] = ()) -> TrainResul
     if trainer.is_world_process_zero():
         (output / "README.md").write_text(model_card(options, results))
         replace_file(output / RESULTS, json.dumps(results, indent=2) + "\n")
-        if "save_steps" not in options.model_fields_set:  # made to go on from, and there is no more to do
+        if not asked_for_checkpoints(options):  # made to go on from, and there is no more to do
             remove_checkpoints(output)
     trainer.accelerator.wait_for_everyone()  # the first rank wrote what the next stage reads
     return TrainResult(results)

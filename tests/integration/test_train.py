@@ -368,6 +368,10 @@ def test_checkpoints_that_nobody_asked_for_go_when_there_is_no_more_to_do(
     monkeypatch.setattr("kdcache.train.run.training_arguments", every_second)
     run(top_cache, tiny_student, tmp_path / "own", max_steps=5)
     assert seen == [2, 4, 2, 4] and not list((tmp_path / "own").glob("checkpoint-*"))
+    by_epoch = {"optim": "adamw_torch", "dataloader_pin_memory": False, "save_strategy": "epoch"}
+    monkeypatch.undo()
+    run(top_cache, tiny_student, tmp_path / "epoch", max_steps=-1, num_train_epochs=1, training=by_epoch)
+    assert last_checkpoint(tmp_path / "epoch") is not None
 
 
 def every_second(options):
