@@ -5,8 +5,8 @@ E10, E11, E12 and E13 of the plan of experiments; E15 (where a student begins) i
 ``--base-steps`` of distillation on real text), makes the same number of steps of as many sequences, and is measured exactly on text that
 nobody trained on: real text, answers of the teacher, or answers of the very student that is measured. The spread is over seeds; an order
 is claimed where the difference in every seed has one sign, and everything else is reported as no difference. ROUGE-L is of greedy answers to prompts
-that nobody trained on, against the teacher's greedy answers. E10's variant in which the label stands for the tail is not here: no loss of
-kdcache does that (``sampled`` targets are unbiased at fewer bytes).
+that nobody trained on, against the teacher's greedy answers. Where E10 says "label as tail" the loss is that of ``label_tail.py``; everything
+else is kdcache's own.
 
     python benchmarks/prove_recipes.py [--seeds 3] [--steps 60] [--base-steps 120] [--jobs 2] [--root DIR] [--only E12]
 
@@ -68,9 +68,13 @@ EXPERIMENTS: dict[str, tuple[str, dict[str, Variant], tuple[tuple[str, str, str]
     "E10": (
         "teacher text and real text, equal steps, alpha 0.7",
         {
-            "real 1.0": Variant(REAL),
-            "teacher 0.7, real 0.3": Variant(BOTH | {"mix": {"teacher": 0.7, "real": 0.3}}),
-            "teacher 1.0": Variant(ANSWERS),
+            name + tail: Variant(options | loss)
+            for tail, loss in (("", {}), (", label as tail", {"loss": "label_tail"}))
+            for name, options in (
+                ("real 1.0", REAL),
+                ("teacher 0.7, real 0.3", BOTH | {"mix": {"teacher": 0.7, "real": 0.3}}),
+                ("teacher 1.0", ANSWERS),
+            )
         },
         (("heldout", "cross_entropy", "NLL of real text"), ("heldout", "forward_kl", "KL on real text"),
          ("heldout-answers", "forward_kl", "KL on teacher text"), ("heldout-answers", "top1_agreement", "agreement on teacher text")),
@@ -232,7 +236,10 @@ def one_variant(experiment: str, name: str, seed: int, args: argparse.Namespace)
     """Train and measure, in a process with one thread."""
     import torch
 
+    from benchmarks.label_tail import add_loss
+
     torch.set_num_threads(1)
+    add_loss()
     root = Path(args.root)
     result = result_file(root, experiment, name, seed)
     folder = result.with_suffix("")
