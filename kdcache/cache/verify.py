@@ -19,7 +19,16 @@ from kdcache.cache.commit import (
     read_id_tables,
     read_plan,
 )
-from kdcache.cache.layout import COMMITS, MANIFEST, PLAN, commit_name, parse_misspelt, parse_number, table_name
+from kdcache.cache.layout import (
+    COMMITS,
+    MANIFEST,
+    PLAN,
+    commit_name,
+    parse_misspelt,
+    parse_number,
+    shard_name,
+    table_name,
+)
 from kdcache.cache.manifest import Commit, Manifest, Plan, derive_manifest, to_json
 from kdcache.cache.reader import CacheReader
 from kdcache.cache.shard import ShardReader, sequence_id
@@ -84,6 +93,10 @@ def verify_cache(store: Store, *, deep: bool = True, on_shard: Callable[[int], N
     known = set(audit.damaged + audit.unread).union(commit.shard for commit in commits)
     audit.missing = [shard for shard in range(plan.spec.num_shards) if shard not in known]
     if not _tables_are_whole(store, plan, audit):
+        for position, commit in enumerate(commits):  # what a repair has to know, even so
+            with _noting(store, plan, audit, commit.shard):
+                store.map(shard_name(commit.shard, commit.digest), commit.num_bytes, commit.digest)
+            on_shard(position + 1)
         return audit
     try:
         derived = _derive(plan, commits, audit)
@@ -166,7 +179,7 @@ def _look_at_commits(store: Store, plan: Plan, audit: Audit) -> list[Commit]:
 
 
 def _tables_are_whole(store: Store, plan: Plan, audit: Audit) -> bool:
-    """Without its id tables no shard of a cache can be read."""
+    """Without its id tables nothing in a cache can be decoded."""
     digest = plan.spec.codec.id_tables
     if digest is None:
         return True
@@ -271,7 +284,9 @@ def _where_in_shard(reader: CacheReader, position: int) -> str:
     except (CacheError, MemoryError):
         return ""
     if not damaged:
-        return f"; each of its {len(shard)} sequences reads, the damage lies between them"
+        return (
+            f"; each of its {len(shard)} sequences reads, the damage lies between them or changes nothing that is read"
+        )
     named = ", ".join(map(str, damaged[:MOST_NAMED])) + (", ..." if len(damaged) > MOST_NAMED else "")
     return f"; damaged are sequences {named} of its {len(shard)}"
 

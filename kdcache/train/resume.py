@@ -87,6 +87,23 @@ def check_same_run(output: Path, options: TrainOptions) -> None:
         )
 
 
+def check_no_others(output: Path) -> None:
+    """Refuse to write checkpoints beside a folder that is none and is named as if it were.
+
+    transformers' Trainer, when it makes room for its own, removes what begins with ``checkpoint-``, whatever follows.
+
+    Raises:
+        ConfigError: There is such a folder.
+    """
+    others = [f.name for f in output.glob("checkpoint-*") if f.is_dir() and not CHECKPOINT.fullmatch(f.name)]
+    if others:
+        raise ConfigError(
+            f"{output / min(others)} is no checkpoint of a run (checkpoint-NUMBER), and transformers' Trainer would remove it "
+            "to make room for one",
+            hint="rename it, or use another --output",
+        )
+
+
 def checkpoints(output: Path) -> list[Path]:
     """Those of a run, oldest first."""
     found = [(match, folder) for folder in output.glob("checkpoint-*") if (match := CHECKPOINT.fullmatch(folder.name))]

@@ -26,6 +26,7 @@ from kdcache.train.resume import (
     RESULTS,
     asked_for_checkpoints,
     begin_anew,
+    check_no_others,
     check_same_run,
     last_checkpoint,
     remove_checkpoints,
@@ -104,6 +105,7 @@ def train_stage(options: TrainOptions, later: Sequence[Path] = ()) -> TrainResul
     check_same_run(output, options)
     if options.resume and (done := read_mapping(output / RESULTS)) is not None:
         return TrainResult(done, already_done=True)
+    check_no_others(output)
     caches = [(open_cache(path, allow_incomplete=options.allow_incomplete), w) for path, w in options.cache.items()]
     eval_caches = [(open_cache(path), weight) for path, weight in options.eval_cache.items()]
     own = [open_cache(path) for path in options.student_cache]

@@ -374,6 +374,17 @@ def test_checkpoints_that_nobody_asked_for_go_when_there_is_no_more_to_do(
     assert last_checkpoint(tmp_path / "epoch") is not None
 
 
+def test_a_folder_that_looks_like_a_checkpoint_is_not_put_at_risk(tmp_path, top_cache, tiny_student):
+    best = tmp_path / "out" / "checkpoint-best"
+    best.mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"checkpoint-best is no checkpoint of a run .*would remove it") as error:
+        run(top_cache, tiny_student, tmp_path / "out", max_steps=2)
+    assert "another --output" in error.value.hint and list((tmp_path / "out").iterdir()) == [best]
+    best.rename(tmp_path / "out" / "best")
+    run(top_cache, tiny_student, tmp_path / "out", max_steps=2)
+    assert (tmp_path / "out" / "best").is_dir()
+
+
 def every_second(options):
     """As the default would be, had it been 2."""
     arguments = training_arguments(options)

@@ -3,6 +3,8 @@ import io
 import json
 import os
 import resource
+import shutil
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -95,13 +97,29 @@ def test_a_flipped_bit_of_a_sequence_is_named_by_sequence(store, column):
     store.replace(name, data)
     if sum(map(len, cells.to_pylist())) % 8:
         flip(store, name, data.index(cell) + len(cell))  # Arrow fills buffers up to 8 bytes
-        assert only_problem(store).endswith(f"; each of its {len(cells)} sequences reads, the damage lies between them")
+        assert only_problem(store).endswith(
+            f"; each of its {len(cells)} sequences reads, the damage lies between them or changes nothing that is read"
+        )
 
 
 def test_every_damaged_shard_is_named(store):
     flip(store, shard_file(1))
     flip(store, shard_file(3))
     assert [problem[:11] for problem in verify_cache(store, deep=False).problems] == ["shard 00001", "shard 00003"]
+
+
+def test_without_its_tables_shards_are_held_against_their_digests_all_the_same(tmp_path):
+    store = LocalStore(
+        shutil.copytree(Path(__file__).parents[1] / "golden/version-1/packed-top_k-id-tables", tmp_path / "cache")
+    )
+    (table,), shards = store.names_in("tables"), store.names_in("shards")
+    flip(store, f"tables/{table}")
+    flip(store, f"shards/{shards[1]}")
+    audit = verify_cache(store)
+    assert f"{audit.damaged_tables}.safetensors" == table and audit.damaged == [1] and audit.num_verified == 0
+    assert len(audit.problems) == 2
+    assert repair(store, audit) == [1]
+    assert not store.exists(f"tables/{table}") and store.names_in("commits") == ["00000.json"]
 
 
 def test_a_missing_shard_file(store):
