@@ -195,6 +195,11 @@ def answer_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> t
     return sorted(end_ids), pad_id
 
 
+def rows_without_token(model: PreTrainedModel, vocab_size: int) -> list[int] | None:
+    """Padded rows of the output head, past the ``vocab_size`` tokens that there are: for ``suppress_tokens`` of ``generate``, which would sample them."""
+    return list(range(vocab_size, model.config.get_text_config().vocab_size)) or None
+
+
 # --- tokenizer --------------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ import torch
 
 from kdcache.corpus import tokenize_prompt
 from kdcache.errors import CorpusError
-from kdcache.models import answer_ends
+from kdcache.models import answer_ends, describe_tokenizer, rows_without_token
 from kdcache.rows import load_rows, prompt_column
 from kdcache.specs import GenerationSpec
 
@@ -128,7 +128,10 @@ def answer_prompts(
     ends, pad = answer_ends(model, tokenizer)
     new = prompts.generation.max_new_tokens
     ids = encode_prompts(prompts, tokenizer, model.config, name)
-    config = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=ends or None, pad_token_id=pad)
+    suppressed = rows_without_token(model, describe_tokenizer(tokenizer).num_tokens)
+    config = GenerationConfig(
+        max_new_tokens=new, do_sample=False, eos_token_id=ends or None, pad_token_id=pad, suppress_tokens=suppressed
+    )
     model.generation_config = GenerationConfig()  # what it says of sampling does not count
     device = model.get_input_embeddings().weight.device
     answers: list[str] = []

@@ -21,9 +21,10 @@ from kdcache.dump.generate import keep_answers, repetition
 from kdcache.dump.launch import dump
 from kdcache.dump.options import DumpOptions, GenerateOptions
 from kdcache.errors import CacheMismatchError, ConfigError, CorpusError, ModelError
+from kdcache.evaluate.generations import answer_prompts, read_prompts
 from kdcache.targets import TokenSequence
 from tests.abuse.crashes import assert_same, contents
-from tests.conftest import texts
+from tests.conftest import VOCAB_SIZE, make_llama, texts
 from tests.integration.test_dump import own_logits
 from tests.integration.test_train import run
 from tests.strategies import log_softmax
@@ -83,6 +84,31 @@ def test_greedy_answers_are_those_of_transformers(tmp_path, tiny_teacher, prompt
         ids, mask = row.sequence.input_ids.astype(np.int64), row.sequence.loss_mask
         written = model.generate(torch.tensor(ids[~mask])[None], max_new_tokens=12, do_sample=False)[0, (~mask).sum() :]
         assert written.tolist()[: mask.sum()] == ids[mask].tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_of_the_head_that_are_no_tokens_are_never_written(tmp_path, prompts_file, temperature):
+    """A teacher with 64 rows more than tokens, and more mass on these than on any token."""
+    teacher = padded_llama(tmp_path / "padded")
+    dump(asked(teacher, prompts_file, tmp_path / "c", codec="exact", sample_temperature=temperature))
+    found = open_cache(tmp_path / "c")
+    assert len(found) > PROMPTS / 2 and verify_cache(LocalStore(tmp_path / "c")).intact
+    for row in found:
+        logprobs = log_softmax(own_logits(teacher, row.sequence)[:, :VOCAB_SIZE])
+        labels = row.sequence.input_ids[row.sequence.loss_mask]
+        np.testing.assert_allclose(row.targets.label_logprobs, logprobs[np.arange(len(labels)), labels], atol=5e-5)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(teacher), AutoTokenizer.from_pretrained(teacher)
+    prompts = read_prompts(prompts_file, 3, max_new_tokens=8, chat=False, has_teacher=True)
+    assert all(answer_prompts(model, tokenizer, prompts, teacher)), "not one is empty, as text of no tokens would be"
+
+
+def padded_llama(folder):
+    make_llama(folder, vocab_size=VOCAB_SIZE + 64)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.lm_head.weight[VOCAB_SIZE:] *= 6
+    model.save_pretrained(folder)
+    return str(folder)
 
 
 def test_the_same_bytes_however_it_was_divided(tmp_path, tiny_teacher, prompts_file, cache):

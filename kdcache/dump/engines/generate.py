@@ -21,7 +21,7 @@ import torch
 from kdcache.dump.draw import position_uniforms
 from kdcache.dump.engines.transformers import TransformersEngine
 from kdcache.dump.select import Selected, select
-from kdcache.models import answer_ends
+from kdcache.models import answer_ends, rows_without_token
 from kdcache.specs import DRAWN, GenerationSpec, TargetSpec
 from kdcache.targets import SparseTargets, TokenSequence
 
@@ -111,7 +111,8 @@ class AnsweringEngine:
         )
         config = GenerationConfig(
             max_new_tokens=steps, do_sample=spec.temperature > 0, repetition_penalty=spec.repetition_penalty,
-            eos_token_id=list(self.end_ids) or None, pad_token_id=self.pad_id, **sampled,
+            eos_token_id=list(self.end_ids) or None, pad_token_id=self.pad_id,
+            suppress_tokens=rows_without_token(self.engine.model, self.engine.vocab_size), **sampled,
         )  # fmt: skip
         return {"generation_config": config}
 
