@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import os
 import platform
 import shlex
+import shutil
+import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,7 +52,9 @@ def write_text(name: str, title: str, body: str) -> Path:
 
 
 def _save(name: str, title: str, body: str) -> Path:
-    versions = ", ".join(f"{package} {version}" for package, version in library_versions().items())
+    versions = ", ".join(
+        f"{package} {version}" for package, version in {**library_versions(), **_compiler(), **_commit()}.items()
+    )
     machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
     if torch.cuda.is_available():
         name, machine = f"{name}_cuda", f"{torch.cuda.get_device_name()}, {machine}"
@@ -56,3 +62,23 @@ def _save(name: str, title: str, body: str) -> Path:
     RESULTS.mkdir(exist_ok=True)
     path.write_text(f"# {title}\n\n{body.rstrip()}\n\nCommand: `{command()}`\n\n{machine}; {versions}.\n")
     return path
+
+
+def _compiler() -> dict[str, str]:
+    """numba moves times and no number."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return {"numba": importlib.metadata.version("numba")}
+    return {"numba": "not installed"}
+
+
+def _commit() -> dict[str, str]:
+    """Of the code, where it is known; with a plus where files were changed since."""
+    if shutil.which("git") is None:
+        return {}
+    said = [
+        subprocess.run(["git", *words], cwd=RESULTS.parent, capture_output=True, text=True, check=False)
+        for words in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--", "../kdcache"))
+    ]
+    if any(one.returncode for one in said):
+        return {}
+    return {"commit": said[0].stdout.strip() + ("+" if said[1].stdout.strip() else "")}

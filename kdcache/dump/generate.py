@@ -84,6 +84,7 @@ class GenerateWorker(Worker):
             if not 0 < len(ids) < spec.corpus.seq_len:
                 counts.num_skipped += 1
                 continue
+            self.check_tokens(ids, shard)
             for _ in range(spec.generation.num_answers):
                 yield ids
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from kdcache.cache.manifest import Plan
 from kdcache.cache.shard import sequence_id
 from kdcache.cache.tables import MAX_VOCAB, IdTables
-from kdcache.corpus import CorpusCounts, make_sequences
+from kdcache.corpus import CorpusCounts
 from kdcache.dump.options import DumpOptions
 from kdcache.dump.worker import Worker, plan_batches
 from kdcache.targets import SparseTargets, TokenSequence, UIntArray
@@ -80,9 +80,8 @@ def _read(worker: Worker, num_positions: int) -> Iterator[tuple[UIntArray, Spars
     plan, done = worker.plan, 0
     shards = _spread(plan, num_positions)
     for number, shard in enumerate(shards, start=1):
-        rows = (worker.rows[i] for i in plan.spec.rows(shard))
         sequences: list[TokenSequence] = []
-        for sequence in make_sequences(rows, plan.spec.corpus, worker.tokenizer, CorpusCounts()):
+        for sequence in worker.sequences(shard, CorpusCounts()):
             if done >= num_positions * number / len(shards):
                 break
             sequences.append(sequence)

@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from kdcache.cache.codec import Codec
 from kdcache.cache.commit import commit_shard, load_codec
@@ -27,7 +28,7 @@ from kdcache.cache.store import Store, hostname
 from kdcache.cache.sums import SHARD_FACTOR, ShardSums, warn_about_error
 from kdcache.cache.work import Remaining
 from kdcache.corpus import CorpusCounts, Rows, make_sequences
-from kdcache.errors import KDCacheError, TeacherOutputError
+from kdcache.errors import CorpusError, KDCacheError, TeacherOutputError
 from kdcache.targets import SparseTargets, TokenSequence, check_alignment
 
 if TYPE_CHECKING:
@@ -151,8 +152,7 @@ class Worker:
     ) -> Iterator[tuple[list[int], list[TokenSequence], list[SparseTargets]]]:
         """The sequences of a shard with their numbers and targets, a batch at a time; what becomes of rows is counted on the way."""
         spec, shard = self.plan.spec, lease.shard
-        rows = (self.rows[i] for i in spec.rows(shard))
-        sequences = make_sequences(rows, spec.corpus, self.tokenizer, counts)
+        sequences = self.sequences(shard, counts)
         batches = plan_batches([len(sequence) for sequence in sequences], spec.compute.batch_tokens)
         for number, indices in enumerate(batches, start=1):
             lease.renew()
@@ -163,6 +163,28 @@ class Worker:
                 raise self._name_culprit(shard, indices, batch, error) from error
             yield indices, batch, targets
             self.on_progress(sum(len(sequence) for sequence in batch), number / len(batches))
+
+    def sequences(self, shard: int, counts: CorpusCounts) -> list[TokenSequence]:
+        """Those of a shard; what becomes of rows is counted.
+
+        Raises:
+            CorpusError: A token that the teacher does not have.
+        """
+        rows = self.plan.spec.rows(shard)
+        made = make_sequences((self.rows[i] for i in rows), self.plan.spec.corpus, self.tokenizer, counts)
+        for sequence in made:
+            self.check_tokens(sequence.input_ids, shard)
+        return made
+
+    def check_tokens(self, input_ids: npt.ArrayLike, shard: int) -> None:
+        """Refuse tokens past the teacher's vocabulary, which happens where its tokenizer got new ones and its embedding did not."""
+        vocab_size, rows = self.plan.spec.teacher.vocab_size, self.plan.spec.rows(shard)
+        if (largest := int(np.max(input_ids, initial=0))) >= vocab_size:
+            raise CorpusError(
+                f"rows {rows.start} to {rows.stop - 1}: the tokenizer gives token {largest} ({self.tokenizer.decode([largest])!r}), "
+                f"the teacher has {vocab_size} tokens",
+                hint="the tokenizer that the teacher was trained with, or teacher.resize_token_embeddings(len(tokenizer))",
+            )
 
     def _release(self, lease: Lease) -> None:
         lease.release()

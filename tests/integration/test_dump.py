@@ -21,7 +21,7 @@ from kdcache.cache.reader import open_cache
 from kdcache.cache.store import LocalStore
 from kdcache.dump.launch import dump
 from kdcache.dump.options import DumpOptions
-from kdcache.errors import CacheMismatchError, ConfigError
+from kdcache.errors import CacheMismatchError, ConfigError, CorpusError
 from kdcache.heads import OutputHead
 from tests.abuse.crashes import assert_same, contents
 from tests.conftest import VOCAB_SIZE, make_llama
@@ -131,6 +131,14 @@ def test_padded_vocabulary_rows(tmp_path, corpus_file):
         logp = log_softmax(own_logits(teacher, reader[index].sequence)[:, :VOCAB_SIZE])
         np.testing.assert_allclose(targets.logprobs.reshape(-1, VOCAB_SIZE), logp, atol=2e-5)
         assert (targets.tail_logprobs == -np.inf).all()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_teacher(tmp_path, corpus_file):
+    teacher = make_llama(tmp_path / "m", vocab_size=VOCAB_SIZE - 10)
+    with pytest.raises(
+        CorpusError, match=rf"rows 0 to \d+: the tokenizer gives token \d+ \(.*, the teacher has {VOCAB_SIZE - 10}"
+    ):
+        dump(options(teacher, corpus_file, tmp_path / "c"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
