@@ -53,9 +53,9 @@ bench: setup
 	$(PY) benchmarks/bench_reader.py
 
 prove: prove-crash prove-corruption prove-hostile prove-faults prove-writers prove-outage prove-gradients prove-online-offline prove-controls prove-estimators prove-families prove-cost \
-	prove-students prove-init prove-defaults prove-recipes
+	prove-students prove-recipes
 
-PROOFS = crash corruption hostile faults writers outage gradients online-offline controls estimators families students init recipes
+PROOFS = crash corruption hostile faults writers outage gradients online-offline controls estimators families students init
 $(PROOFS:%=prove-%): prove-%: setup
 	$(PY) benchmarks/prove_$(subst -,_,$*).py
 
@@ -65,6 +65,10 @@ prove-cost: setup
 
 prove-defaults: setup
 	$(PY) benchmarks/prove_students.py --defaults
+
+# Mixing, stages, rounds, two teachers; where a student begins; teacher alone or with labels.
+prove-recipes: prove-init prove-defaults
+	$(PY) benchmarks/prove_recipes.py
 
 # Hours on a CPU; minutes on a GPU with JOBS=8 or so.
 JOBS ?= 2

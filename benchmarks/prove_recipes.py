@@ -2,7 +2,8 @@
 
 E10, E11, E12 and E13 of the plan of experiments; E15 (where a student begins) is ``prove_init.py``, E17 (KD alone, or with labels) is
 ``prove_students.py --defaults``. Every variant of an experiment begins with the same student of its seed (random weights, then
-``--base-steps`` of distillation on real text), makes the same number of steps of as many sequences, and is measured exactly on text that
+``--base-steps`` of distillation on real text), learns from as many targets, those of ``--steps`` steps of real text (sequences of answers have
+fewer each, so it makes more steps of them), and is measured exactly on text that
 nobody trained on: real text, answers of the teacher, or answers of the very student that is measured. The spread is over seeds; an order
 is claimed where the difference in every seed has one sign, and everything else is reported as no difference. ROUGE-L is of greedy answers to prompts
 that nobody trained on, against the teacher's greedy answers. Where E10 says "label as tail" the loss is that of ``label_tail.py``; everything
@@ -51,14 +52,14 @@ class Variant:
     Attributes:
         options: Of ``train-student``; ``{}`` in a path stands for the folder of caches.
         then: Of a second stage, which makes half of the steps.
-        rounds: Rounds of writing, scoring and training, which share the steps; 0 for none.
-        fresh: Whether every round trains on what the student of that round wrote, or all on the first's.
+        rounds: Runs of training, one after the other, which share the targets; 0 for one, in one go.
+        every: The student writes, and the teacher scores, before each so manieth of them; 0 for never.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
     then: dict[str, Any] = field(default_factory=dict)
     rounds: int = 0
-    fresh: bool = True
+    every: int = 1
 
 
 REAL, ANSWERS = {"cache": ["real"]}, {"cache": ["answers"]}
@@ -66,7 +67,7 @@ BOTH = {"cache": ["answers", "real"]}
 ON_POLICY = {"cache": ["real"], "mix": {"student": 0.5, "real": 0.5}, "alpha": 1.0}
 EXPERIMENTS: dict[str, tuple[str, dict[str, Variant], tuple[tuple[str, str, str], ...]]] = {
     "E10": (
-        "teacher text and real text, equal steps, alpha 0.7",
+        "teacher text and real text, equal targets, alpha 0.7",
         {
             name + tail: Variant(options | loss)
             for tail, loss in (("", {}), (", label as tail", {"loss": "label_tail"}))
@@ -90,14 +91,16 @@ EXPERIMENTS: dict[str, tuple[str, dict[str, Variant], tuple[tuple[str, str, str]
          ("prompts", "rouge_l", "ROUGE-L to the teacher")),
     ),
     "E12": (
-        f"{ROUNDS} rounds, half of the tokens the student's own, against as many steps on real text",
+        f"{ROUNDS} rounds, half of the tokens the student's own, against as many targets on real text",
         {
             "off-policy, forward KL": Variant(REAL | {"alpha": 1.0}),
+            f"off-policy in {ROUNDS} runs, forward KL": Variant(REAL | {"alpha": 1.0}, rounds=ROUNDS, every=0),
             "rounds, forward KL": Variant(ON_POLICY, rounds=ROUNDS),
             "rounds, reverse KL": Variant(ON_POLICY | {"loss": "reverse_kl"}, rounds=ROUNDS),
             "rounds, MiniLLM": Variant(ON_POLICY | {"loss": "minillm", "alpha": 0.5}, rounds=ROUNDS),
-            "stale, forward KL": Variant(ON_POLICY, rounds=ROUNDS, fresh=False),
-            "stale, reverse KL": Variant(ON_POLICY | {"loss": "reverse_kl"}, rounds=ROUNDS, fresh=False),
+            "written every 2 rounds, forward KL": Variant(ON_POLICY, rounds=ROUNDS, every=2),
+            "written once, forward KL": Variant(ON_POLICY, rounds=ROUNDS, every=ROUNDS),
+            "written once, reverse KL": Variant(ON_POLICY | {"loss": "reverse_kl"}, rounds=ROUNDS, every=ROUNDS),
         },
         (("own", "forward_kl", "KL on own text"), ("own", "reverse_kl", "reverse KL on own text"), ("heldout", "forward_kl", "KL on real text"),
          ("prompts", "rouge_l", "ROUGE-L to the teacher")),
@@ -243,17 +246,32 @@ def one_variant(experiment: str, name: str, seed: int, args: argparse.Namespace)
     root = Path(args.root)
     result = result_file(root, experiment, name, seed)
     folder = result.with_suffix("")
-    student, staleness = run_variant(root, folder, EXPERIMENTS[experiment][1][name], seed, args)
-    found: dict[str, Any] = {} if staleness is None else {"staleness": staleness}
+    trained = run_variant(root, folder, EXPERIMENTS[experiment][1][name], seed, args)
+    student = trained.pop("student")
+    found: dict[str, Any] = dict(trained)
     for place in dict.fromkeys(place for place, _, _ in EXPERIMENTS[experiment][2]):
         found[place] = measure(root, folder, student, place, args)
     result.write_text(json.dumps(found))
 
 
-def run_variant(
-    root: Path, folder: Path, variant: Variant, seed: int, args: argparse.Namespace
-) -> tuple[str, float | None]:
-    """The trained student, and how stale its rollouts were at the end of the last round."""
+def targets_of(caches: list[Any]) -> float:
+    """Of a sequence on average."""
+    from kdcache.cache.reader import open_cache
+
+    sums = [open_cache(cache).manifest.stats for cache in caches]
+    return sum(one.num_targets for one in sums) / sum(one.num_sequences for one in sums)
+
+
+def steps_for(num_targets: float, caches: dict[str, list[Any]], mix: dict[str, float], batch: int) -> tuple[int, float]:
+    """Steps in which a student meets so many targets, in shares of kinds of text, and how many that are exactly."""
+    shares = mix or {kind: 1 / len(caches) for kind in caches}
+    a_step = batch / sum(shares[kind] / targets_of(paths) for kind, paths in caches.items())
+    steps = max(1, round(num_targets / a_step))
+    return steps, steps * a_step
+
+
+def run_variant(root: Path, folder: Path, variant: Variant, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """``student``, the trained one; ``targets`` that it met; ``staleness`` of its rollouts at the end of the last round, if it wrote any."""
     from kdcache.train.options import TrainOptions
     from kdcache.train.run import train
 
@@ -262,27 +280,34 @@ def run_variant(
         **variant.options,
         "cache": [str(root / name) for name in variant.options["cache"]],
     }
-    base = str(root / f"base-{seed}")
+    base, mix = str(root / f"base-{seed}"), variant.options.get("mix", {})
+    wanted = args.steps * args.batch * targets_of([root / "real"])
+    # As --mix names them: teacher, student, real.
+    kinds = {"teacher" if name == "answers" else "real": [root / name] for name in variant.options["cache"]}
     if not variant.rounds:
-        steps = args.steps // 2 if variant.then else args.steps
-        then = [variant.then | {"max_steps": args.steps - steps}] if variant.then else []
-        options |= {"student": base, "output": str(folder), "max_steps": steps, "then": then}
+        steps, met = steps_for(wanted, kinds, mix, args.batch)
+        first = steps // 2 if variant.then else steps
+        then = [variant.then | {"max_steps": steps - first}] if variant.then else []
+        options |= {"student": base, "output": str(folder), "max_steps": first, "then": then}
         train(TrainOptions.model_validate(options))
-        return str(folder), None
-    student, scored, rollouts = base, [], []
+        return {"student": str(folder), "targets": met}
+    student, scored, rollouts, total = base, [], [], 0.0
     for number in range(1, variant.rounds + 1):
-        if variant.fresh or number == 1:
+        if variant.every and (number - 1) % variant.every == 0:
             rollouts.append(str(folder) + f"-rollouts-{number}")
             scored.append(str(folder) + f"-scored-{number}")
             sampling = ["--sample-seed", seed * 100 + number]
             write_and_score(student, root / "prompts.jsonl", rollouts[-1], scored[-1], sampling, TOP_K, args)
         output = f"{folder}-round-{number}"
         where = {"student_cache": scored} if options.get("loss") == "minillm" else {"cache": options["cache"] + scored}
+        texts = kinds | ({"student": scored} if scored else {})
+        steps, met = steps_for((wanted - total) / (variant.rounds - number + 1), texts, mix, args.batch)
         train(TrainOptions.model_validate(
-            options | where | {"rollout_cache": rollouts, "student": student, "output": output, "max_steps": args.steps // variant.rounds}
+            options | where | {"rollout_cache": rollouts, "student": student, "output": output, "max_steps": steps}
         ))  # fmt: skip
-        student = output
-    return student, json.loads((Path(student) / "train_results.json").read_text()).get("staleness")
+        student, total = output, total + met
+    staleness = json.loads((Path(student) / "train_results.json").read_text()).get("staleness")
+    return {"student": student, "targets": total} | ({} if staleness is None else {"staleness": staleness})
 
 
 def write_and_score(
@@ -346,7 +371,7 @@ def report(root: Path, args: argparse.Namespace) -> None:
         }
         first = next(iter(variants))
         stale = any("staleness" in one for runs in found.values() for one in runs)
-        header = ["", *(label for _, _, label in columns), *(["staleness"] if stale else [])]
+        header = ["", "targets", *(label for _, _, label in columns), *(["staleness"] if stale else [])]
         lines = [
             f"**{experiment}**, {title}; {len(whole)} seeds",
             "",
@@ -354,14 +379,20 @@ def report(root: Path, args: argparse.Namespace) -> None:
             "|" + "---|" * len(header),
         ]
         for name, runs in found.items():
-            cells = [shown(runs, found[first], place, metric, name == first) for place, metric, _ in columns]
+            cells = [f"{statistics.mean(one['targets'] for one in runs):,.0f}"]
+            cells += [shown(runs, found[first], place, metric, name == first) for place, metric, _ in columns]
             if stale:
                 cells.append(stale_cell(runs))
             lines.append("| " + " | ".join([name, *cells]) + " |")
+        lines += ["", "Seed by seed:", "", "| " + " | ".join(["", *(label for _, _, label in columns)]) + " |"]
+        lines.append("|" + "---|" * (len(columns) + 1))
+        for name, runs in found.items():
+            each = [", ".join(f"{one[place][metric]:.4f}" for one in runs) for place, metric, _ in columns]
+            lines.append("| " + " | ".join([name, *each]) + " |")
         parts.append("\n".join(lines))
     about = (
-        f"SmolLM2-135M-Instruct to students of 14 M parameters, {args.prompts} prompts: {args.base_steps} steps on real text first, then {args.steps} steps of "
-        f"{args.batch} sequences for each variant, learning rate {args.rate:g}, {'bfloat16 autocast' if args.bf16 else 'float32'}, "
+        f"SmolLM2-135M-Instruct to students of 14 M parameters, {args.prompts} prompts: {args.base_steps} steps of {args.batch} sequences of real text first, then as many "
+        f"targets as {args.steps} such steps have for each variant, learning rate {args.rate:g}, {'bfloat16 autocast' if args.bf16 else 'float32'}, "
         f"from {results_file.spelled(args.dataset)}. Mean ± standard deviation; KL and NLL in nats a token, over the full vocabulary; ▲ or ▼ where all seeds are above or below "
         "the first line of the table, = where they are not all on one side. Staleness: log-probability that rollouts had when they were "
         "written minus that of the student in training, nats a token, in the last steps.\n\n"

@@ -45,10 +45,11 @@ from kdcache.cache.manifest import (
 )
 from kdcache.cache.shard import digest
 from kdcache.cache.store import Store, open_store
-from kdcache.cache.tables import IdTables
+from kdcache.cache.tables import MAX_BYTES, IdTables
 from kdcache.config import run_files, run_name
 from kdcache.errors import (
     CacheCorruptError,
+    CacheError,
     CacheMismatchError,
     CacheNotFoundError,
     ConfigError,
@@ -223,7 +224,7 @@ def read_id_tables(store: Store, table_digest: str, vocab_size: int) -> IdTables
     """
     name = table_name(table_digest)
     try:
-        data = store.read(name)
+        data = store.read(name, MAX_BYTES)
     except CacheNotFoundError as error:
         raise CacheCorruptError(f"{store}: the plan names id tables, {name} is not there") from error
     if (found := digest(data)) != table_digest:
@@ -231,15 +232,13 @@ def read_id_tables(store: Store, table_digest: str, vocab_size: int) -> IdTables
     return _parse_id_tables(data, vocab_size, f"{store}/{name}")
 
 
-def publish_shard(store: Store, name: str, data: memoryview) -> None:
-    """See that a shard stands under the name that holds its digest, in place of what rotted there or cannot be read."""
+def publish_by_digest(store: Store, name: str, data: bytes | memoryview) -> None:
+    """See that a file stands under the name that holds its digest, in place of what rotted there or cannot be read."""
     if store.put_if_absent(name, data):
         return
     try:
-        whole = digest(store.read(name)) == digest(data)
-    except (CacheNotFoundError, StoreError, StoreUnavailableError):
-        whole = False
-    if not whole:
+        store.map(name, len(data), digest(data), original=True)
+    except (CacheError, StoreUnavailableError):
         store.replace(name, bytes(data))
 
 
@@ -261,7 +260,7 @@ def commit_shard(
         False when another writer had committed this shard before.
     """
     name = shard_name(shard, digest(data))
-    publish_shard(store, name, data)
+    publish_by_digest(store, name, data)
     commit = Commit(
         plan=plan.fingerprint,
         shard=shard,

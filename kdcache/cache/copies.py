@@ -28,12 +28,12 @@ from pathlib import Path
 import xxhash
 
 from kdcache.cache.mapped import map_file
+from kdcache.cache.store import ABANDONED_SECONDS
 from kdcache.errors import CacheCorruptError, CacheError, ConfigError, StoreUnavailableError
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_GB = 100.0
-ABANDONED_SECONDS = 86_400.0
 SUFFIX, ORIGIN = ".arrow", ".origin"
 
 
@@ -138,9 +138,9 @@ class LocalCopies:
                 copy = map_file(Path(temporary), num_bytes, digest)
             except CacheError as error:  # this disk, not the store
                 raise OSError(errno.EIO, "what is read back is not what was written") from error
-            os.replace(temporary, path)
-            # After the copy, and removed before it: no copy is left without, or it could never go.
+            # Before the copy, and removed after it: no copy is left without, or it could never go.
             path.with_suffix(ORIGIN).write_text(f"{origin}\n{version}")
+            os.replace(temporary, path)
             return copy
         finally:
             Path(temporary).unlink(missing_ok=True)
@@ -161,8 +161,8 @@ class LocalCopies:
                 return
             with contextlib.suppress(OSError):  # a peer was faster, or it is another user's
                 if self._is_elsewhere(path):
-                    path.with_suffix(ORIGIN).unlink(missing_ok=True)
                     path.unlink()
+                    path.with_suffix(ORIGIN).unlink(missing_ok=True)
                     total -= size
         if total > self.max_bytes:
             logger.warning(

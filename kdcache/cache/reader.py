@@ -164,8 +164,8 @@ class CacheReader:
             )
         return data
 
-    def open_shard(self, position: int, *, check_digest: bool = True) -> ShardReader:
-        """The ``position``-th committed shard.
+    def open_shard(self, position: int, *, check_digest: bool = True, original: bool = False) -> ShardReader:
+        """The ``position``-th committed shard; what lies in the store itself where the original is asked for, no local copy.
 
         Raises:
             CacheCorruptError: Its bytes are not those that were committed, or not there.
@@ -175,7 +175,8 @@ class CacheReader:
         number, expected = table.shard[position], table.digest[position]
         name = shard_name(number, expected)
         try:
-            data = self.store.map(name, table.num_bytes[position], expected if check_digest else None)
+            proof = expected if check_digest else None
+            data = self.store.map(name, table.num_bytes[position], proof, original=original)
         except (CacheNotFoundError, CacheCorruptError, StoreError) as error:
             raise CacheCorruptError(
                 f"shard {number:05d}: {error.message}",

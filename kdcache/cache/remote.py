@@ -16,10 +16,12 @@ Credentials and endpoints are the business of fsspec and its packages: environme
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import mmap
 import re
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -27,10 +29,12 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import fsspec
+import xxhash
 
-from kdcache.cache.copies import ABANDONED_SECONDS, LocalCopies
+from kdcache.cache.copies import LocalCopies
 from kdcache.cache.layout import TABLES, TEMPORARY
 from kdcache.cache.limits import MAX_FILE_BYTES, enough_memory, max_file_bytes
+from kdcache.cache.store import ABANDONED_SECONDS
 from kdcache.errors import CacheCorruptError, CacheNotFoundError, ConfigError, StoreError, StoreUnavailableError
 
 logger = logging.getLogger(__name__)
@@ -84,18 +88,18 @@ class RemoteStore:
         except CacheNotFoundError:
             return False
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, max_bytes: int | None = None) -> bytes:
         """The whole file.
 
         Raises:
             CacheNotFoundError: There is none.
-            CacheCorruptError: It is larger than a file of its kind.
+            CacheCorruptError: It is larger than ``max_bytes``, or than a file of its kind.
             StoreError: It cannot be read.
         """
         if not name.startswith(f"{TABLES}/"):
             return self.read_all([name])[0]
         with self._found(name), enough_memory(f"{self}/{name}"):
-            limit = MAX_FILE_BYTES[TABLES]
+            limit = max_bytes or MAX_FILE_BYTES[TABLES]
             size = self._ask(f"read {name}", lambda fs, path: fs.info(path), name)["size"]
             if size > limit:
                 raise CacheCorruptError(f"{self}/{name}: at most {limit} bytes were expected, found {size}")
@@ -113,7 +117,7 @@ class RemoteStore:
         for first in range(0, len(names), READS_AT_ONCE):
             some = names[first : first + READS_AT_ONCE]
             limits = [max_file_bytes(name) for name in some]
-            with self._found(some[0]):
+            with self._found_all(some):
                 # A byte more than there may be is as much as is ever fetched.
                 found += self._ranges(some, [0] * len(some), [None if limit is None else limit + 1 for limit in limits])
             for name, limit, data in zip(some, limits, found[first:], strict=True):
@@ -121,15 +125,16 @@ class RemoteStore:
                     raise CacheCorruptError(f"{self}/{name}: at most {limit} bytes were expected, found more")
         return found
 
-    def map(self, name: str, num_bytes: int, digest: str | None = None) -> mmap.mmap:
+    def map(self, name: str, num_bytes: int, digest: str | None = None, *, original: bool = False) -> mmap.mmap:
         """A read-only memory map of a local copy; fetched by ranges unless a whole copy is there.
 
-        The name ends in the digest of the bytes, as those of shards do. What is fetched is always hashed, and a copy that is there where
-        a digest is given.
+        The name ends in the digest of the bytes, as those of shards do. A copy is hashed when it is fetched, and one that is there where
+        a digest is given. Where the original is asked for it is fetched whatever copies there are, to a file without a name, and hashed
+        where a digest is given.
 
         Raises:
             CacheNotFoundError: There is none.
-            CacheCorruptError: Its bytes are not those of the digest, twice.
+            CacheCorruptError: Its bytes are not those of the digest; of a copy when fetched twice.
             StoreError: It has another size.
             StoreUnavailableError: It cannot be read, or no copy kept.
         """
@@ -137,12 +142,14 @@ class RemoteStore:
         def fetch(write: Callable[[bytes], object]) -> str:
             with self._found(name):
                 info = self._ask(f"read {name}", lambda fs, path: fs.info(path), name)
-                if info["size"] != num_bytes:
+                if info["size"] != num_bytes or num_bytes == 0:
                     raise StoreError(f"{self}/{name}: {num_bytes} bytes were committed, found {info['size']}")
                 for piece in self._pieces(name, num_bytes):
                     write(piece)
                 return _version(info)
 
+        if original:
+            return _map_unnamed(f"{self}/{name}", fetch, digest)
         copies, named = LocalCopies.from_environment(version_of), PurePosixPath(name).stem.rpartition("-")[2]
         return copies.open(named, num_bytes, f"{self}/{name}", fetch, check=digest is not None)
 
@@ -176,9 +183,11 @@ class RemoteStore:
             try:
                 fs.pipe_file(path, bytes(data), mode="create")
             except OSError as error:
-                if not _is_taken(error):
+                if _is_taken(error):
+                    return False
+                if not _is_unknown(error):
                     raise
-                return False
+                fs.pipe_file(path, bytes(data))  # one writer, as is_exclusive has said, and nothing stood there
             return True
 
         if self.exists(name):
@@ -227,7 +236,12 @@ class RemoteStore:
 
         def create_twice(fs: Any, root: str) -> bool:
             path = f"{root}/{TEMPORARY}/trial~{int(time.time())}~{uuid.uuid4().hex}"
-            fs.pipe_file(path, b"first", mode="create")
+            try:
+                fs.pipe_file(path, b"first", mode="create")
+            except OSError as error:
+                if not _is_unknown(error):
+                    raise
+                return False
             try:
                 with _blind(fs):
                     fs.pipe_file(path, b"second", mode="create")
@@ -323,6 +337,16 @@ class RemoteStore:
             raise StoreUnavailableError(f"{self}/{name}: cannot read ({error})", hint=RIGHTS) from error
 
     @contextlib.contextmanager
+    def _found_all(self, names: list[str]) -> Iterator[None]:
+        """The same for several files: says which one is not there."""
+        try:
+            with self._found(names[0]):
+                yield
+        except CacheNotFoundError as error:
+            missing = next((name for name in names if not self.exists(name)), names[0])
+            raise CacheNotFoundError(f"{self}/{missing} does not exist") from error
+
+    @contextlib.contextmanager
     def _writable(self, name: str, *, missing_is_fine: bool = False) -> Iterator[None]:
         """Turn the store's answers to a write into errors of ours."""
         try:
@@ -357,6 +381,37 @@ def _is_taken(error: OSError) -> bool:
     """Whether this is the refusal to create what exists; servers say so in different words."""
     text = str(error).lower().replace("-", "")
     return isinstance(error, FileExistsError) or "precondition" in text
+
+
+def _is_unknown(error: OSError) -> bool:
+    """Whether the store does not know how to refuse what exists, and says so (501 Not Implemented)."""
+    return error.errno in (errno.ENOSYS, errno.ENOTSUP) or "notimplemented" in str(error).lower().replace(" ", "")
+
+
+def _map_unnamed(origin: str, fetch: Callable[[Callable[[bytes], object]], str], digest: str | None) -> mmap.mmap:
+    """Fetched into a file without a name, which goes with its map.
+
+    Raises:
+        CacheCorruptError: It has another digest.
+        StoreUnavailableError: There is no room for it.
+    """
+    state = xxhash.xxh3_128()
+    try:
+        with tempfile.TemporaryFile() as file:
+
+            def write(part: bytes) -> None:
+                state.update(part)
+                file.write(part)
+
+            fetch(write)
+            file.flush()
+            if digest is not None and (found := state.hexdigest()) != digest:
+                raise CacheCorruptError(f"{origin}: digest {digest} was committed, the bytes in the store have {found}")
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise StoreUnavailableError(
+            f"{tempfile.gettempdir()}: cannot hold {origin} ({error.strerror})", hint="TMPDIR names another folder"
+        ) from error
 
 
 def _failures(names: tuple[str, ...]) -> tuple[type[Exception], ...]:

@@ -12,7 +12,7 @@ from kdcache.cache.lease import Holder, read_leases
 from kdcache.cache.manifest import Commit
 from kdcache.cache.store import Store
 
-# The rate is that of the last so many commits of all workers together.
+# The rate is that of the last so many commits.
 RATE_COMMITS = 32
 
 
@@ -28,7 +28,8 @@ class Status:
         in_flight: Leases of workers that live.
         stale: Leases of workers that do not, and files in the place of leases that are none.
         holes: Shards that are neither committed nor in flight, as first and last of each run.
-        tokens_per_second: Of all workers together, lately; None before there are two commits.
+        tokens_per_second: Of all workers together: while some live, what one made of each of the last shards, times their number; else between
+            the last commits. None where nothing is known.
         seconds_left: At that rate; 0 when all is committed, None where the rate is unknown.
     """
 
@@ -58,7 +59,7 @@ def cache_status(store: Store, now: float | None = None) -> Status:
     holes = [shard for shard in range(plan.spec.num_shards) if shard not in open_shards]
     left = plan.spec.num_shards - len(commits)
     positions = sum(commit.stats.num_positions for commit in commits)
-    rate = _rate(commits)
+    rate = _rate(commits, len({(holder.host, holder.pid) for holder in in_flight}))
     return Status(
         num_shards=plan.spec.num_shards,
         num_committed=len(commits),
@@ -80,14 +81,19 @@ def split_leases(store: Store, committed: set[int], now: float) -> tuple[list[Ho
     return in_flight, sorted(stale)
 
 
-def _rate(commits: list[Commit]) -> float | None:
-    """Tokens between the oldest and the newest of the last commits, whoever made them."""
-    last = sorted((datetime.fromisoformat(c.finished_at).timestamp(), c.stats.num_positions) for c in commits)
-    last = last[-RATE_COMMITS:]
+def _rate(commits: list[Commit], num_workers: int) -> float | None:
+    """Tokens a second of so many workers; of none, those between the oldest and the newest of the last commits.
+
+    When commits came says little while workers live: they may all commit at once, or have paused.
+    """
+    timed = [(datetime.fromisoformat(commit.finished_at).timestamp(), commit) for commit in commits]
+    last = sorted(timed, key=lambda one: one[0])[-RATE_COMMITS:]
+    if num_workers and (seconds := sum(commit.seconds for _, commit in last)):
+        return num_workers * sum(commit.stats.num_positions for _, commit in last) / seconds
     if len(last) < 2:
         return None
     # Times are whole seconds.
-    return sum(positions for _, positions in last[1:]) / max(last[-1][0] - last[0][0], 1.0)
+    return sum(commit.stats.num_positions for _, commit in last[1:]) / max(last[-1][0] - last[0][0], 1.0)
 
 
 def _runs(numbers: list[int]) -> list[tuple[int, int]]:

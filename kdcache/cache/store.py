@@ -20,6 +20,7 @@ import os
 import re
 import socket
 import stat
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,6 +39,8 @@ from kdcache.errors import (
     StoreUnavailableError,
 )
 
+# A temporary file of another host so old is nobody's any more.
+ABANDONED_SECONDS = 86_400.0
 # What stands at the name is no file, or nothing does: that is an answer.
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 _TEMPORARY_NAME = re.compile(r"(?P<host>[A-Za-z0-9_.-]+)~(?P<pid>\d+)~[0-9a-f]{32}")
@@ -57,16 +60,19 @@ class Store(Protocol):
     def exists(self, name: str) -> bool:
         """Whether a file stands at the name; StoreUnavailableError where that cannot be found out."""
 
-    def read(self, name: str) -> bytes:
-        """The whole file; CacheNotFoundError, StoreError where no file can be read there, else StoreUnavailableError."""
+    def read(self, name: str, max_bytes: int | None = None) -> bytes:
+        """The whole file; CacheNotFoundError, StoreError where no file can be read there, else StoreUnavailableError.
+
+        CacheCorruptError where it is larger than asked for, or than a file of its kind.
+        """
 
     def read_all(self, names: list[str]) -> list[bytes]:
         """Several small files; the same errors."""
 
-    def map(self, name: str, num_bytes: int, digest: str | None = None) -> mmap.mmap:
+    def map(self, name: str, num_bytes: int, digest: str | None = None, *, original: bool = False) -> mmap.mmap:
         """A read-only map of a file of a known size whose name ends in its digest; the same errors.
 
-        Its bytes are checked first where a digest is given: CacheCorruptError.
+        Its bytes are checked first where a digest is given: CacheCorruptError. The file itself where ``original`` is asked for, no copy of it.
         """
 
     def names_in(self, folder: str) -> list[str]:
@@ -136,16 +142,16 @@ class LocalStore:
                 return False
             raise _unreadable(path, error) from error
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, max_bytes: int | None = None) -> bytes:
         """The whole file.
 
         Raises:
             CacheNotFoundError: There is none.
             StoreError: What stands there is no file.
-            CacheCorruptError: It is larger than a file of its kind.
+            CacheCorruptError: It is larger than ``max_bytes``, or than a file of its kind.
             StoreUnavailableError: It cannot be read.
         """
-        path, limit = self.root / name, max_file_bytes(name)
+        path, limit = self.root / name, max_bytes or max_file_bytes(name)
         try:
             with open_file(self._path_to_read(name)) as file, enough_memory(str(path)):
                 if limit is not None and (found := os.fstat(file.fileno()).st_size) > limit:
@@ -160,7 +166,7 @@ class LocalStore:
         """Several small files, as :meth:`read`."""
         return [self.read(name) for name in names]
 
-    def map(self, name: str, num_bytes: int, digest: str | None = None) -> mmap.mmap:
+    def map(self, name: str, num_bytes: int, digest: str | None = None, *, original: bool = False) -> mmap.mmap:
         """A read-only memory map of a file of a known size, its bytes hashed first where a digest is given.
 
         Raises:
@@ -208,9 +214,8 @@ class LocalStore:
             target = self._path(name)
             if target.exists():
                 return False
-            temporary = self._write_temporary(data)
             try:
-                _place(os.link, temporary, target)
+                self._write_and_place(os.link, data, target)
             except FileExistsError:
                 return False
             except OSError as error:
@@ -220,18 +225,12 @@ class LocalStore:
                         hint="put the cache on a POSIX file system (ext4, xfs, Lustre, NFS)",
                     ) from error
                 raise
-            finally:
-                temporary.unlink(missing_ok=True)
-            _sync_folder(target.parent)
         return True
 
     def replace(self, name: str, data: bytes) -> None:
         """Publish a file over whatever stands there. Only for what can be derived again."""
         with self._errors(f"write {name}"):
-            target = self._path(name)
-            temporary = self._write_temporary(data)
-            _place(os.replace, temporary, target)
-            _sync_folder(target.parent)
+            self._write_and_place(os.replace, data, self._path(name))
 
     def delete(self, name: str) -> None:
         """Remove a file; no error when there is none."""
@@ -239,11 +238,12 @@ class LocalStore:
             self._path(name).unlink(missing_ok=True)
 
     def remove_abandoned(self) -> int:
-        """Delete temporary files whose writer on this host no longer runs; how many there were."""
+        """Delete temporary files whose writer on this host no longer runs, and any that are a day old; how many there were."""
         removed = 0
         for name in self.names_in(TEMPORARY):
             match = _TEMPORARY_NAME.fullmatch(name)
-            if match and match["host"] == hostname() and not is_running(int(match["pid"])):
+            is_dead = match and match["host"] == hostname() and not is_running(int(match["pid"]))
+            if is_dead or (match and self._age(f"{TEMPORARY}/{name}") > ABANDONED_SECONDS):
                 self.delete(f"{TEMPORARY}/{name}")
                 removed += 1
         self.remove_empty(TEMPORARY)
@@ -278,6 +278,30 @@ class LocalStore:
                 f"{error.filename}: a folder was expected, found a link",
                 hint="link to the cache's folder itself, not to folders in it",
             ) from error
+
+    def _age(self, name: str) -> float:
+        """Seconds since a file was written, as far as clocks of hosts agree; 0 where it is gone."""
+        try:
+            return time.time() - self._path(name).lstat().st_mtime
+        except OSError:
+            return 0.0
+
+    def _write_and_place(self, act: Callable[[Path, Path], None], data: bytes | memoryview, target: Path) -> None:
+        """Write a temporary file and give it its name, durably.
+
+        Again where a peer took the file away: one of the same host name that cannot see this process (containers) holds it for dead.
+        """
+        for last in (False, False, True):
+            temporary = self._write_temporary(data)
+            try:
+                _place(act, temporary, target)
+            except FileNotFoundError:
+                if last:
+                    raise
+                continue
+            finally:
+                temporary.unlink(missing_ok=True)
+            return _sync_folder(target.parent)
 
     def _write_temporary(self, data: bytes | memoryview) -> Path:
         folder = self._folder(TEMPORARY)

@@ -22,8 +22,8 @@ from kdcache.cache.commit import (
     commit_shard,
     committed_shards,
     load_codec,
+    publish_by_digest,
     publish_plan,
-    publish_shard,
     read_commit,
     read_plan,
     seal,
@@ -35,12 +35,12 @@ from kdcache.cache.manifest import Manifest, Plan, to_json
 from kdcache.cache.parameters import CodecName
 from kdcache.cache.quality import describe_codec
 from kdcache.cache.reader import CacheReader
-from kdcache.cache.shard import ShardBuilder, digest
+from kdcache.cache.shard import ShardBuilder
 from kdcache.cache.store import Store, hostname, open_store
 from kdcache.cache.sums import SHARD_FACTOR, ShardSums, warn_about_error
 from kdcache.cache.work import Remaining
 from kdcache.config import Options, Temperatures
-from kdcache.errors import CacheCorruptError, ConfigError
+from kdcache.errors import CacheCorruptError, CacheNotFoundError, ConfigError, StoreError
 from kdcache.progress import Progress
 from kdcache.specs import DRAWN, CodecSpec, TargetSpec
 from kdcache.targets import (
@@ -94,9 +94,9 @@ def transcode(options: TranscodeOptions) -> Manifest:
     asked = options.model_dump(exclude_none=True, exclude={"cache", "output"})
     planned = plan_of(source, options) if asked else read_plan(source.store)
     if (tables := planned.spec.codec.id_tables) is not None:
-        store.put_if_absent(table_name(tables), source.store.read(table_name(tables)))
+        publish_by_digest(store, table_name(tables), source.store.read(table_name(tables)))
     if (head := source.manifest.head_digest) is not None:
-        store.put_if_absent(table_name(head), source.head_bytes())
+        publish_by_digest(store, table_name(head), source.head_bytes())
     plan = publish_plan(store, planned)
     write_run(store, "transcode", options, "cpu")
     done, total = len(committed_shards(store)), plan.spec.num_shards
@@ -111,7 +111,11 @@ def transcode(options: TranscodeOptions) -> Manifest:
             with lease:
                 (_transcode_shard if asked else _copy_shard)(source, store, plan, lease)
     manifest = seal(store)
-    warn_about_error(manifest.stats, manifest.spec.codec.max_kl, str(store))
+    warn_about_error(
+        manifest.stats,
+        _max_kl_of_change(source.spec.codec, plan.spec.codec) if asked else plan.spec.codec.max_kl,
+        str(store),
+    )
     return manifest
 
 
@@ -173,18 +177,28 @@ def _fewer(old: TargetSpec, options: TranscodeOptions) -> TargetSpec:
 
 def _codec(old: CodecSpec, targets: TargetSpec, options: TranscodeOptions) -> CodecSpec:
     name: CodecName = options.codec or old.name
-    if name == old.name and options.quality is None:
+    if name == "exact" == old.name:
         return old
-    new = describe_codec(name, options.quality or "standard", targets.max_entries)
-    if name == "packed":
-        new = new.model_copy(update={"id_tables": old.id_tables})
+    new = old
+    if name != old.name or options.quality is not None:
+        described = describe_codec(name, options.quality or "standard", targets.max_entries)
+        new = described.model_copy(update={"id_tables": old.id_tables if name == "packed" else None})
     if old.name == "packed" and (name == "exact" or new.max_kl < old.max_kl):
         raise ConfigError(
             f"the cache is packed with an error of up to {old.max_kl:g} nats: {name} of a finer quality cannot bring back what "
             "was lost",
             hint="dump again, with --quality high or --codec exact",
         )
+    if old.name == "packed" and not targets.frequencies:
+        # Errors of logprobs add up as vectors do, and KL is the square of their length.
+        new = new.model_copy(update={"max_kl": (old.max_kl**0.5 + new.max_kl**0.5) ** 2})
     return new
+
+
+def _max_kl_of_change(old: CodecSpec, new: CodecSpec) -> float:
+    """What the change itself may cost, of what the new cache declares."""
+    before = old.max_kl if old.name == "packed" and new.max_kl > old.max_kl else 0.0
+    return float((new.max_kl**0.5 - before**0.5) ** 2)
 
 
 def _transcode_shard(source: CacheReader, store: Store, plan: Plan, lease: Lease) -> None:
@@ -208,7 +222,8 @@ def _transcode_shard(source: CacheReader, store: Store, plan: Plan, lease: Lease
         num_split=before.num_rows_split,
         **{name: number for name, number in before.model_dump().items() if name.startswith("num_answers_")},
     )  # fmt: skip
-    warn_about_error(total, plan.spec.codec.max_kl, f"shard {shard:05d}", factor=SHARD_FACTOR)
+    max_kl = _max_kl_of_change(source.spec.codec, plan.spec.codec)
+    warn_about_error(total, max_kl, f"shard {shard:05d}", factor=SHARD_FACTOR)
     commit_shard(
         store, plan, shard, memoryview(builder.finish()), total,
         worker=f"{hostname()}:{os.getpid()}", seconds=time.monotonic() - started,
@@ -219,13 +234,13 @@ def _copy_shard(source: CacheReader, store: Store, plan: Plan, lease: Lease) -> 
     """The very bytes, once their digest holds, and the very commit."""
     commit = read_commit(source.store, lease.shard)
     name = shard_name(lease.shard, commit.digest)
-    data = source.store.read(name)
-    if digest(data) != commit.digest:
+    try:
+        data = source.store.map(name, commit.num_bytes, commit.digest, original=True)
+    except (CacheNotFoundError, CacheCorruptError, StoreError) as error:
         raise CacheCorruptError(
-            f"{source.store}, shard {lease.shard:05d}: digest {commit.digest} was committed, the bytes have {digest(data)}",
-            hint=f"kdcache verify {source.store} --repair",
-        )
-    publish_shard(store, name, memoryview(data))
+            f"{source.store}, shard {lease.shard:05d}: {error.message}", hint=f"kdcache verify {source.store} --repair"
+        ) from error
+    publish_by_digest(store, name, memoryview(data))
     store.put_if_absent(commit_name(lease.shard), to_json(commit))
 
 

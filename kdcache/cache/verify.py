@@ -27,7 +27,6 @@ from kdcache.cache.layout import (
     parse_misspelt,
     parse_number,
     shard_name,
-    table_name,
 )
 from kdcache.cache.manifest import Commit, Manifest, Plan, derive_manifest, to_json
 from kdcache.cache.reader import CacheReader
@@ -78,6 +77,8 @@ class Audit:
 def verify_cache(store: Store, *, deep: bool = True, on_shard: Callable[[int], None] = lambda _: None) -> Audit:
     """Check manifest against commits, every shard's digest and structure, and, when ``deep``, decode every sequence.
 
+    What is read is what lies in the store; no local copy of a remote shard is believed, or made.
+
     Args:
         store: Where the cache is.
         deep: Decode all targets and hold each label's logprob against its entry.
@@ -95,7 +96,7 @@ def verify_cache(store: Store, *, deep: bool = True, on_shard: Callable[[int], N
     if not _tables_are_whole(store, plan, audit):
         for position, commit in enumerate(commits):  # what a repair has to know, even so
             with _noting(store, plan, audit, commit.shard):
-                store.map(shard_name(commit.shard, commit.digest), commit.num_bytes, commit.digest)
+                store.map(shard_name(commit.shard, commit.digest), commit.num_bytes, commit.digest, original=True)
             on_shard(position + 1)
         return audit
     try:
@@ -240,17 +241,14 @@ def _check_records(store: Store, plan: Plan, derived: Manifest, audit: Audit) ->
 def repair(store: Store, audit: Audit) -> list[int]:
     """Take back the commits of damaged shards, so that the next run of the dump makes them anew, and what is no commit of the plan.
 
-    Nothing else is touched: a damaged file stays until its successor replaces it, and of what could not be read nothing is
-    taken back.
+    Nothing else is touched: a damaged file, of a shard, a head or id tables, stays until its successor replaces it, and of what could
+    not be read nothing is taken back.
 
     Returns:
         The shards to be made again.
     """
     again = sorted(set(audit.damaged) - set(audit.unread))
-    if audit.damaged_tables is not None:
-        store.delete(table_name(audit.damaged_tables))
     if audit.damaged_head is not None:
-        store.delete(table_name(audit.damaged_head))
         # The head is written by a worker that has a shard to make.
         planned = {shard for shard in committed_shards(store) if shard < audit.num_shards}
         again = again or sorted(planned - set(audit.unread))[:1]
@@ -265,7 +263,7 @@ def repair(store: Store, audit: Audit) -> list[int]:
 
 def _verify_shard(reader: CacheReader, position: int, deep: bool) -> int:
     try:
-        shard = reader.open_shard(position)
+        shard = reader.open_shard(position, original=True)
     except CacheCorruptError as error:
         raise CacheCorruptError(error.message + _where_in_shard(reader, position), hint=error.hint) from error
     expected = reader.manifest.shards.num_sequences[position]
@@ -279,9 +277,9 @@ def _verify_shard(reader: CacheReader, position: int, deep: bool) -> int:
 def _where_in_shard(reader: CacheReader, position: int) -> str:
     """Which sequences are those that do not read, where the file itself can still be read; no more is known of a shard's bytes than its digest."""
     try:
-        shard = reader.open_shard(position, check_digest=False)
+        shard = reader.open_shard(position, check_digest=False, original=True)
         damaged = [row for row in range(len(shard)) if not _reads(reader, shard, position, row)]
-    except (CacheError, MemoryError):
+    except (KDCacheError, MemoryError):  # that it is damaged is known, whatever else fails now
         return ""
     if not damaged:
         return (

@@ -132,8 +132,8 @@ def against_teacher(
             logits = whole[0, : len(mask)][mask][:, : reader.vocab_size].float()
         return torch.log_softmax(logits, dim=1).cpu()
 
-    step = max(1, len(reader) // max(num_sequences, 1))
-    rows = [reader[index] for index in range(0, len(reader), step)][:num_sequences]
+    spread = np.linspace(0, len(reader) - 1, min(num_sequences, len(reader))).astype(int)
+    rows = [reader[int(index)] for index in spread]
     stored_kl, live_kl = [], []
     for row, other in zip(rows, [*rows[1:], rows[0]], strict=True):
         alone, together = live([row.sequence]), live([row.sequence, other.sequence])

@@ -19,7 +19,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from kdcache.cache.commit import check_writers, committed_shards, read_plan, seal, write_run
+from kdcache.cache.commit import check_writers, committed_shards, publish_by_digest, read_plan, seal, write_run
 from kdcache.cache.layout import table_name
 from kdcache.cache.manifest import Manifest, Plan
 from kdcache.cache.shard import digest
@@ -145,7 +145,7 @@ def make_worker(store: Store, options: DumpOptions, plan: Plan, rows: Rows | Non
     if spec.targets.scheme == "hidden":
         head = head_of(model).first(spec.teacher.vocab_size).to_bytes()
         head_digest = digest(head)
-        store.put_if_absent(table_name(head_digest), head)
+        publish_by_digest(store, table_name(head_digest), head)
     tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
     make: Callable[..., Worker] = Worker
     if spec.generation is not None:

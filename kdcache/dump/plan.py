@@ -11,7 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kdcache.cache.commit import check_is_ours, current_manifest, publish_plan, read_plan
+from kdcache.cache.commit import (
+    check_is_ours,
+    current_manifest,
+    publish_by_digest,
+    publish_plan,
+    read_id_tables,
+    read_plan,
+)
 from kdcache.cache.layout import table_name
 from kdcache.cache.manifest import CacheSpec, Manifest, Plan
 from kdcache.cache.reader import open_cache
@@ -23,7 +30,7 @@ from kdcache.dump.average import describe_averaged
 from kdcache.dump.dataset import asked_of_corpus, describe_corpus, open_rows
 from kdcache.dump.options import DEFAULT_SHARD_POSITIONS, MIN_SHARDS, DumpOptions
 from kdcache.dump.pilot import choose_tables, count_tables
-from kdcache.errors import CacheCorruptError, CacheMismatchError, ConfigError
+from kdcache.errors import CacheCorruptError, CacheError, CacheMismatchError, ConfigError
 from kdcache.model_files import find_model, model_digest
 from kdcache.models import describe_model, describe_tokenizer, load_config, load_tokenizer, parse_dtype, pick_device
 from kdcache.specs import ComputeSpec, TeacherSpec
@@ -130,10 +137,10 @@ def make_plan(
         standing = read_plan(store) if store.exists("plan.json") else None  # a peer may have been faster
         tables = standing.spec.codec.id_tables if standing else digest(data)
         if tables == digest(data):
-            store.put_if_absent(table_name(tables), data)
-        elif tables is not None and not store.exists(table_name(tables)):
+            publish_by_digest(store, table_name(tables), data)
+        elif tables is not None and not _are_whole(store, tables, spec.teacher.vocab_size):
             raise CacheCorruptError(
-                f"{store}: the plan names id tables {tables}, {table_name(tables)} is gone, and counting them anew gives "
+                f"{store}: the plan names id tables {tables}, {table_name(tables)} is gone or damaged, and counting them anew gives "
                 f"{digest(data)}: no shard could be read",
                 hint="go on where the cache was begun (same device, same versions as in plan.json), put a copy of the file back, or "
                 "dump anew to another --output",
@@ -240,10 +247,19 @@ def _standing_tables(store: Store, standing: Plan | None, options: DumpOptions, 
         )
     if named is None or (kind == "none" and options.id_tables == "none"):
         return None
-    if not store.exists(table_name(named)):
-        logger.warning("the id tables of %s are gone; counting them anew", store)
+    assert standing is not None, "it names them"
+    if not _are_whole(store, named, standing.spec.teacher.vocab_size):
+        logger.warning("the id tables of %s are gone or damaged; counting them anew", store)
         return None
     return named
+
+
+def _are_whole(store: Store, tables: str, vocab_size: int) -> bool:
+    try:
+        read_id_tables(store, tables, vocab_size)
+    except CacheError:
+        return False
+    return True
 
 
 def _rows_of_others(standing: Plan | None, options: DumpOptions) -> int | None:

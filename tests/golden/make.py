@@ -35,6 +35,8 @@ CASES = {
     "packed-many-draws": {"targets": {"scheme": "systematic", "k": 0, "num_draws": 400, "temperatures": [1.0]}},
     "exact-systematic": {"targets": {"scheme": "systematic", "k": 0, "num_draws": 10, "temperatures": [1.0]}, "codec__name": "exact"},
     "packed-wide-vocabulary": {"targets": TOP_K, "teacher__vocab_size": 131_073, "tokenizer__num_tokens": 131_073},
+    "packed-vast-vocabulary": {"targets": TOP_K, "teacher__vocab_size": (1 << 20) + 1, "tokenizer__num_tokens": (1 << 20) + 1},
+    "exact-hybrid": {"targets": {"scheme": "hybrid", "k": 4, "num_draws": 6, "temperatures": [1.0, 2.0]}, "codec__name": "exact"},
     "hidden": {"targets": {"scheme": "hidden", "k": 0, "temperatures": [1.0]}, "codec__name": "exact"},
     "hidden-bfloat16": {"targets": {"scheme": "hidden", "k": 0, "temperatures": [1.0]}, "codec__name": "exact", "teacher__dtype": "bfloat16"},
 }  # fmt: skip

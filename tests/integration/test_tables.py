@@ -21,6 +21,7 @@ from kdcache.dump.options import DumpOptions
 from kdcache.dump.plan import make_plan
 from kdcache.errors import CacheCorruptError, CacheMismatchError, ConfigError
 from tests.abuse.crashes import contents
+from tests.conftest import VOCAB_SIZE
 from tests.reference_reader import read_cache
 
 
@@ -94,6 +95,35 @@ def test_begun_again_where_only_the_tables_were_published(options, tmp_path, mad
     transcode(TranscodeOptions(cache=str(tmp_path / "whole"), output=str(tmp_path / "copied-again")))
     assert contents(tmp_path / "dumped") == contents(tmp_path / "whole")
     assert contents(tmp_path / "copied-again") == contents(tmp_path / "copied")
+
+
+@pytest.mark.parametrize("repair_first", [False, True])
+@pytest.mark.parametrize("made", [{"id_tables": "context"}, {"targets": "hidden", "top_k": 1}])
+def test_a_damaged_table_stays_until_its_successor_replaces_it(options, tmp_path, monkeypatch, made, repair_first):
+    """Counted anew, or taken from the teacher again; where that gives something else, nothing is lost either."""
+    made = {**options, **made}
+    run(made, tmp_path / "c")
+    whole = contents(tmp_path / "c")
+    (table,) = (tmp_path / "c" / "tables").iterdir()
+    damaged = bytearray(table.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    table.write_bytes(damaged)
+    store = LocalStore(tmp_path / "c")
+    assert not verify_cache(store).intact
+    if repair_first:
+        repair(store, verify_cache(store))
+    else:
+        (tmp_path / "c" / "manifest.json").unlink()
+        (tmp_path / "c" / "commits" / "00001.json").unlink()
+    assert table.read_bytes() == damaged
+    if made.get("id_tables"):
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(plan, "count_tables", lambda *_: IdTables.count([], VOCAB_SIZE, 0, 8))
+            with pytest.raises(CacheCorruptError, match="gone or damaged, and counting them anew gives"):
+                run(made, tmp_path / "c")
+        assert table.read_bytes() == damaged
+    run(made, tmp_path / "c")
+    assert contents(tmp_path / "c") == whole and verify_cache(store).intact
 
 
 def test_tables_of_someone_else_are_not_a_cache_begun(options, tmp_path):

@@ -44,8 +44,10 @@ def test_there_is_a_golden_cache_of_every_codec_and_kind_of_scheme():
     specs = [open_cache(folder).spec for folder in GOLDEN]
     assert {(spec.codec.name, spec.targets.scheme) for spec in specs} >= {
         ("packed", "top_k"), ("exact", "top_k"), ("packed", "top_p"), ("packed", "sampled"), ("packed", "hybrid"),
-        ("packed", "systematic"), ("exact", "systematic"), ("exact", "hidden"),
+        ("packed", "systematic"), ("exact", "systematic"), ("exact", "hybrid"), ("exact", "hidden"),
     }  # fmt: skip
+    vocabularies = {spec.teacher.vocab_size for spec in specs if spec.codec.name == "packed"}
+    assert min(vocabularies) < 1 << 16 < 1 << 17 < max(vocabularies - {max(vocabularies)}) < 1 << 20 < max(vocabularies)
     assert sum(path.stat().st_size for folder in GOLDEN for path in folder.rglob("*") if path.is_file()) < 20_000 * len(
         GOLDEN
     )

@@ -1,6 +1,7 @@
 """The verbs of a store, on every kind of store there is; local copies; what happens when calls fail."""
 
 import contextlib
+import errno
 import os
 import resource
 import time
@@ -15,7 +16,7 @@ from kdcache.cache import copies as copies_module
 from kdcache.cache import limits, remote
 from kdcache.cache.commit import check_writers
 from kdcache.cache.copies import LocalCopies
-from kdcache.cache.reader import open_cache
+from kdcache.cache.reader import CacheReader, open_cache
 from kdcache.cache.shard import content_hash
 from kdcache.cache.store import LocalStore, open_store
 from kdcache.cache.verify import verify_cache
@@ -448,6 +449,9 @@ def test_no_room_for_copies_is_not_a_damaged_cache(faulty, tmp_path, trouble):
         audit = verify_cache(faulty)
         with pytest.raises(StoreUnavailableError, match="cannot keep a copy"):
             open_cache(faulty.location)[0]
+        if trouble is a_folder_that_is_a_file:
+            assert audit.intact and audit.num_verified == 4, "an audit makes no copies"
+            return
         said = CliRunner().invoke(main, ["verify", faulty.location, "--repair"])
     assert not audit.intact
     assert (audit.problems, audit.damaged, audit.unread, audit.num_verified) == ([], [], [0, 1, 2, 3], 0)
@@ -455,6 +459,100 @@ def test_no_room_for_copies_is_not_a_damaged_cache(faulty, tmp_path, trouble):
     assert "could not be looked at: shard 00000" in said.output
     assert {name: faulty.read(f"commits/{name}") for name in faulty.names_in("commits")} == before
     assert faulty.exists("manifest.json")
+
+
+@pytest.mark.parametrize("harm", ["deleted", "flipped"])
+def test_verify_looks_at_what_lies_in_the_store_whatever_copies_there_are(store, tmp_path, harm):
+    """Whole copies say nothing about originals that are gone or rotted; and the sequence is named, there too."""
+    write_remote(store, tmp_path)
+    cache = open_cache(store.location)
+    assert len([row.sequence_id for row in cache]) == len(cache)
+    assert verify_cache(store).intact
+    name = f"shards/{store.names_in('shards')[2]}"
+    whole = store.read(name)
+    if harm == "deleted":
+        store.delete(name)
+    else:
+        frame = cache.open_shard(2)._frame("levels", 1)
+        place = whole.index(bytes(frame)) + len(frame) // 2
+        store.replace(name, whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    audit = verify_cache(store)
+    assert audit.damaged == [2] and audit.num_verified == 3
+    (problem,) = audit.problems
+    assert ("does not exist" in problem) if harm == "deleted" else problem.endswith("damaged are sequences 1 of its 3")
+    if not isinstance(store, LocalStore):
+        assert len([row.sequence_id for row in open_cache(store.location)]) == len(cache), "read from whole copies"
+
+
+@pytest.mark.parametrize("trouble", [StoreUnavailableError("the network is down"), MemoryError()])
+def test_damage_that_was_seen_stays_damage_where_nothing_more_can_be_found_out(store, tmp_path, monkeypatch, trouble):
+    """The digest is wrong, and the second look, for the sequence, fails."""
+    write_remote(store, tmp_path)
+    name = f"shards/{store.names_in('shards')[0]}"
+    store.replace(name, b"\0" + store.read(name)[1:])
+    real = CacheReader.open_shard
+
+    def open_shard(self, position, *, check_digest=True, **options):
+        if not check_digest:
+            raise trouble
+        return real(self, position, check_digest=check_digest, **options)
+
+    monkeypatch.setattr(CacheReader, "open_shard", open_shard)
+    audit = verify_cache(store)
+    assert (audit.damaged, audit.unread, audit.num_verified) == ([0], [], 3)
+
+
+def test_a_server_that_knows_no_condition_has_one_writer(faulty, monkeypatch, caplog):
+    """It answers 501 to If-None-Match."""
+    fs, real = faulty._connect()[0], type(faulty._connect()[0]).pipe_file
+
+    def pipe_file(self, path, value, mode="overwrite", **options):
+        if mode == "create":
+            raise OSError(errno.ENOSYS, "A header you provided implies functionality that is not implemented")
+        return real(self, path, value, mode=mode, **options)
+
+    monkeypatch.setattr(type(fs), "pipe_file", pipe_file)
+    assert not faulty.is_exclusive()
+    with pytest.raises(StoreError, match="cannot tell two writers apart"):
+        check_writers(faulty, 2)
+    check_writers(faulty, 1)
+    assert "see to it that nothing else writes there" in caplog.text
+    assert faulty.put_if_absent("plan.json", b"first") and not faulty.put_if_absent("plan.json", b"second")
+    assert faulty.read("plan.json") == b"first"
+
+
+def test_of_many_files_the_one_that_is_missing_is_named(store):
+    for number in (0, 1, 3):
+        store.replace(f"commits/{number:05d}.json", b"{}")
+    with pytest.raises(CacheNotFoundError, match="commits/00002.json does not exist"):
+        store.read_all([f"commits/{number:05d}.json" for number in range(4)])
+
+
+def test_tables_are_read_no_further_than_asked(store):
+    store.replace("tables/a.safetensors", bytes(1000))
+    assert len(store.read("tables/a.safetensors", 1000)) == 1000
+    with pytest.raises(CacheCorruptError, match="at most 999 bytes were expected, found 1000"):
+        store.read("tables/a.safetensors", 999)
+
+
+@pytest.mark.parametrize("dies_at", ["write_text", "replace"])
+def test_no_copy_is_left_that_can_never_go(faulty, tmp_path, monkeypatch, dies_at):
+    """Killed between a copy and the note of where it is from."""
+    data, more = os.urandom(1000), os.urandom(1000)
+    for blob in (data, more):
+        faulty.replace(named(blob), blob)
+
+    def die(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as dying:
+        dying.setattr(*{"write_text": (Path, "write_text"), "replace": (os, "replace")}[dies_at], die)
+        with pytest.raises(KeyboardInterrupt):
+            faulty.map(named(data), 1000)
+    monkeypatch.setenv("KDCACHE_COPIES_GB", "0.000001")
+    faulty.map(named(data), 1000)
+    faulty.map(named(more), 1000)
+    assert [path.stem for path in (tmp_path / "copies").glob("*.arrow")] == [xxhash.xxh3_128_hexdigest(more)]
 
 
 def test_room_is_made_before_a_fetch(faulty, tmp_path, monkeypatch):

@@ -69,6 +69,21 @@ def test_rate_and_time_left_come_from_the_last_commits(store):
     assert status.seconds_left == pytest.approx(7 * sum(tokens) / 3 / status.tokens_per_second)
 
 
+def test_while_workers_live_the_rate_is_what_each_makes_times_their_number(store):
+    """All commit in one second, or a night lies between two commits: neither says how fast they are."""
+    for shard, finished in ((0, "01T00:00:00"), (1, "02T09:00:00"), (2, "02T09:00:00")):
+        put_shard(store, PLAN, shard)
+        commit = read_commit(store, shard)
+        later = commit.model_copy(update={"finished_at": f"2026-01-{finished}+00:00", "seconds": 50.0})
+        store.replace(commit_name(shard), to_json(later))
+    for shard, pid in ((3, 1), (4, 2), (5, 2)):  # the second computes one while another is written
+        lease(store, shard, pid=pid)
+    tokens = sum(read_commit(store, shard).stats.num_positions for shard in range(3))
+    status = cache_status(store)
+    assert status.tokens_per_second == pytest.approx(2 * tokens / 150)
+    assert status.seconds_left == pytest.approx(7 * tokens / 3 / status.tokens_per_second)
+
+
 def test_a_complete_cache(tmp_path):
     status = cache_status(write_cache(tmp_path))
     assert status.num_committed == status.num_shards == 4

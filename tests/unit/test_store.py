@@ -4,6 +4,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -158,6 +159,36 @@ def test_only_what_dead_writers_left_is_removed(store):
         store.put_if_absent(f"tmp/{name}", b"")
     assert store.remove_abandoned() == 1
     assert set(store.names_in("tmp")) == set(names.values()) - {names["dead"]}
+
+
+def test_temporary_files_of_other_hosts_go_after_a_day(store):
+    """A pod has a host name that never comes back."""
+    store.replace("plan.json", b"{}")
+    folder = store.root / "tmp"
+    folder.mkdir(exist_ok=True)
+    now = time.time()
+    for name, age in (("pod-1~7~" + "0" * 32, 2 * 86_400), ("pod-2~7~" + "0" * 32, 3600), ("notes.txt", 2 * 86_400)):
+        (folder / name).write_bytes(b"x")
+        os.utime(folder / name, (now - age, now - age))
+    assert store.remove_abandoned() == 1
+    assert store.names_in("tmp") == ["notes.txt", "pod-2~7~" + "0" * 32]
+
+
+@pytest.mark.parametrize("act", ["put_if_absent", "replace"])
+def test_a_temporary_file_that_a_peer_took_for_a_dead_writers_is_written_again(store, monkeypatch, act):
+    """Containers of one host name do not see each other's processes."""
+    write, taken = store._write_temporary, []
+
+    def write_and_lose(data):
+        path = write(data)
+        if not taken:
+            taken.append(path)
+            path.unlink()
+        return path
+
+    monkeypatch.setattr(store, "_write_temporary", write_and_lose)
+    getattr(store, act)("commits/00000.json", b"{}")
+    assert taken and store.read("commits/00000.json") == b"{}" and store.names_in("tmp") == []
 
 
 def test_the_temporary_folder_goes_when_it_is_empty(store):

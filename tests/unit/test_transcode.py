@@ -197,7 +197,35 @@ def test_what_a_lossy_codec_lost_stays_lost(tmp_path, options):
     packed = write_cache(tmp_path / "packed")
     with pytest.raises(ConfigError, match="cannot bring back"):
         changed(packed, tmp_path, **options)
-    assert changed(packed, tmp_path, quality="small").spec.codec.max_kl == 1e-2
+    assert changed(packed, tmp_path, quality="small").spec.codec.max_kl == pytest.approx((1e-3**0.5 + 1e-2**0.5) ** 2)
+
+
+def test_errors_of_packing_twice_are_declared(tmp_path):
+    """Against what was said at first, not only against what the first packing left of it."""
+    plan = make_plan(codec__name="exact", targets__k=32)
+    source = write_cache(tmp_path / "source", plan)
+    once = changed(source, tmp_path, "once", codec="packed")
+    for name, cache, options in (("small", once, {"quality": "small"}), ("fewer", once, {"top_k": 16})):
+        twice = changed(cache.store, tmp_path, name, **options)
+        before, after = open_cache(source.root), twice
+        kl = [divergence(a.targets, b.targets) for a, b in zip(before, after, strict=True)]
+        assert 0 < np.concatenate(kl).mean() <= after.spec.codec.max_kl
+        assert after.spec.codec.max_kl > once.spec.codec.max_kl
+    assert changed(once.store, tmp_path, "copy").spec.codec == once.spec.codec
+
+
+def divergence(said, stored):
+    """``[N]``, KL over the entries that are stored, and all the rest, at T = 1."""
+    kl, first, second = [], 0, 0
+    for number, kept in zip(said.num_entries, stored.num_entries, strict=True):
+        whole, part = slice(first, first + number), slice(second, second + kept)
+        first, second = whole.stop, part.stop
+        of_part = np.isin(said.token_ids[whole], stored.token_ids[part])
+        assert of_part.sum() == kept
+        p, q = np.exp(said.logprobs[whole][of_part].astype(float)), np.exp(stored.logprobs[part].astype(float))
+        p, q = np.append(p, 1 - p.sum()), np.append(q, 1 - q.sum())
+        kl.append((p * np.log(p / q)).sum())
+    return np.array(kl)
 
 
 def test_draws_cannot_be_thinned(tmp_path):
