@@ -222,21 +222,21 @@ def memory(root: Path) -> list[str]:
 
     lines = []
     found = []
-    for times in (1, 10):
+    for times in (1, 10, 100):
         plan = make_plan(corpus__num_rows=300 * times, rows_per_shard=20)
         write_cache(root / f"read-{times}", plan)
         found.append(anonymous_peak(READ, str(root / f"read-{times}")))
-    lines.append(
-        f"| memory while reading ten times more, beyond opening | {found[0] / 1e6:.1f} -> {found[1] / 1e6:.1f} MB |"
-    )
+    lines.append(f"| memory while reading, beyond opening: 15, 150, 1,500 shards | {megabytes(found)} |")
     teacher = make_llama(root / "teacher")
     corpus = root / "texts.jsonl"
-    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(4000)))
-    found = [anonymous_peak(DUMP, teacher, str(corpus), str(root / f"dump-{n}"), str(n)) for n in (400, 4000)]
-    lines.append(
-        f"| memory while dumping ten times more, beyond the loaded teacher | {found[0] / 1e6:.1f} -> {found[1] / 1e6:.1f} MB |"
-    )
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(40_000)))
+    found = [anonymous_peak(DUMP, teacher, str(corpus), str(root / f"dump-{n}"), str(n)) for n in (400, 4000, 40_000)]
+    lines.append(f"| memory while dumping 400, 4,000, 40,000 rows, beyond the loaded teacher | {megabytes(found)} |")
     return lines
+
+
+def megabytes(found: list[int]) -> str:
+    return ", ".join(f"{one / 1e6:.1f}" for one in found) + " MB"
 
 
 def main() -> None:
