@@ -29,10 +29,14 @@ Decoders = list[tuple[float, TargetDecoder]]
 def run_objective(
     model: torch.nn.Module, batch: dict[str, torch.Tensor], objective: Objective, decoders: Decoders
 ) -> LossSums:
-    """Forward pass and loss of a micro-batch on the model's device; ``model`` may be wrapped (DDP, FSDP, torch.compile)."""
+    """Forward pass and loss of a micro-batch on the model's device; ``model`` may be wrapped (DDP, FSDP, torch.compile).
+
+    Raises:
+        ConfigError: Rows count, the objective needs targets of them, and there are none.
+    """
     targets = decode_all(decoders, batch)
-    if targets is None and objective.uses_teacher:  # a micro-batch that only fills up the last step of an epoch
-        objective = Objective(0.0)
+    if targets is None and objective.uses_teacher and not batch["target_mask"].any():
+        objective = Objective(0.0)  # a micro-batch that only fills up the last step of an epoch
     return LossSums.from_flat(*model(kd_batch={"batch": batch, "targets": targets, "objective": objective}))
 
 

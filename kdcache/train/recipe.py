@@ -54,7 +54,7 @@ class Recipe:
         """From numbers or schedules.
 
         Raises:
-            ConfigError: A number out of its range, an unknown loss or argument.
+            ConfigError: A number out of its range, an unknown loss or argument, or ``minillm`` without a weight.
         """
         try:
             arguments = {name: parse_schedule(value) for name, value in (loss_args or {}).items()}
@@ -65,6 +65,12 @@ class Recipe:
             raise ConfigError(f"alpha is between 0 and 1, found {recipe.alpha}")
         if not all(value > 0 for value in recipe.temperature.values):
             raise ConfigError(f"temperature is above 0, found {recipe.temperature}")
+        if loss == MINILLM and not recipe.uses_teacher:
+            raise ConfigError(
+                f"loss {MINILLM} has weight alpha on the student's own text, found alpha {recipe.alpha}: nothing of it is left but the "
+                "cross-entropy of the real text",
+                hint="an alpha above 0; or, for labels alone, --alpha 0 with another loss and without --student-cache",
+            )
         for share in (0.0, 1.0):
             recipe._divergences(share)
         return recipe

@@ -294,6 +294,8 @@ def test_minillm_refuses_rollouts_that_were_not_plainly_sampled(folder, tiny_stu
         (["--cache", "{}/real", "--loss", "minillm", "--student-cache", "{}/scored"], "--rollout-cache names"),
         (["--cache", "{}/real", "--loss", "minillm", "--student-cache", "{}/scored", "--rollout-cache", "{}/rollouts", "--loss-args", "clip=-1"],
          "clip is at least 0"),
+        (["--cache", "{}/real", "--loss", "minillm", "--student-cache", "{}/scored", "--rollout-cache", "{}/rollouts", "--alpha", "0"],
+         "for labels alone, --alpha 0 with another loss"),
         (["--cache", "{}/real", "--then", "output=there"], "output is not for a stage to choose"),
         (["--cache", "{}/real", "--then", "alhpa=0"], "did you mean 'alpha'"),
     ],

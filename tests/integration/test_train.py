@@ -475,5 +475,16 @@ def test_labels_only_needs_no_targets(tmp_path, top_cache, tiny_student):
     assert "forward_kl" not in (tmp_path / "out" / "metrics.jsonl").read_text()
 
 
+def test_rows_that_count_are_not_trained_on_labels_for_want_of_targets(top_cache, tiny_student):
+    """Only a micro-batch that fills up the last step of an epoch may be without."""
+    reader = open_cache(top_cache)
+    data, student = CacheDataset(reader, with_targets=False), load_model(find_model(tiny_student), dtype=torch.float32)
+    extend_forward(student, reader.vocab_size)
+    decoders = [(1.0, TargetDecoder.for_cache(reader, 1.0, torch.device("cpu")))]
+    assert run_objective(student, collate([data[-1], data[-2]]), Objective(0.7), decoders).loss == 0
+    with pytest.raises(ConfigError, match=r"alpha 0.7 needs targets"):
+        run_objective(student, collate([data[0], data[-2]]), Objective(0.7), decoders)
+
+
 def test_texts_fixture_has_uneven_lengths():
     assert len({len(text) for text in texts()}) > 20
