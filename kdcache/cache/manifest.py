@@ -22,6 +22,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_va
 from kdcache.cache.codec import Codec
 from kdcache.cache.limits import MAX_ROWS_OF_A_SHARD, MAX_SEQUENCES, MAX_SHARDS, enough_memory
 from kdcache.cache.packed import Levels
+from kdcache.cache.shard import digest
 from kdcache.cache.tables import IdTables
 from kdcache.errors import CacheCorruptError, CacheFormatError, CacheMismatchError
 from kdcache.specs import (
@@ -197,6 +198,11 @@ class Manifest(Record):
     num_bytes: Count
     stats: ShardStats
     shards: ShardTable
+
+    @property
+    def content_digest(self) -> str:
+        """Of all that is committed: the digests of the shards, in order. A dump of this cache names it as its corpus's."""
+        return digest("".join(self.shards.digest).encode())
 
     @model_validator(mode="after")
     def _is_of_its_plan(self) -> Self:

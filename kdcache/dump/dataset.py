@@ -14,7 +14,6 @@ import numpy as np
 
 from kdcache.cache.layout import PLAN
 from kdcache.cache.reader import CacheReader, open_cache
-from kdcache.cache.shard import digest
 from kdcache.cache.store import open_store
 from kdcache.corpus import TOKEN_COLUMNS, Rows
 from kdcache.errors import CacheMismatchError, CorpusError
@@ -117,7 +116,7 @@ def asked_of_corpus(options: DumpOptions) -> dict[str, Any]:
     manifest = open_cache(options.dataset).manifest
     spec = manifest.spec
     return asked | {
-        "digest": digest("".join(manifest.shards.digest).encode()),
+        "digest": manifest.content_digest,
         "written_by": spec.teacher.digest if spec.generation else spec.corpus.written_by,
         **{name: getattr(spec.corpus, name) for name in ("seq_len", "packing", "append_eos", "assistant_only")},
     }

@@ -129,7 +129,13 @@ class TrainOptions(Options):
     chunk_positions: Annotated[
         Annotated[int, Field(ge=1)] | None, Field(description="Positions whose logits may exist at a time.")
     ] = None
-    allow_incomplete: Annotated[bool, Field(description="Train from a cache that is still being made.")] = False
+    allow_incomplete: Annotated[
+        bool,
+        Field(
+            description="Train from a cache that is still being made, from what it holds at the start. Once it has grown, the run cannot go on from a "
+            "checkpoint."
+        ),
+    ] = False
     trust_remote_code: Annotated[bool, Field(description="Run code that ships with the model.")] = False
     resume: Annotated[
         bool, Field(description="Go on from the last checkpoint in --output; --no-resume begins anew.")

@@ -8,13 +8,17 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from kdcache.cache.commit import current_manifest
+from kdcache.cache.manifest import Manifest
+from kdcache.cache.store import open_store
 from kdcache.config import read_mapping, read_section
-from kdcache.errors import CacheMismatchError, ConfigError
+from kdcache.errors import CacheMismatchError, ConfigError, KDCacheError
 from kdcache.train.options import TrainOptions
 
 logger = logging.getLogger(__name__)
@@ -36,6 +40,11 @@ FREE_TO_CHANGE = {
 }
 # Options that may differ where their product over all ranks does not: which sequences make a step depends on that alone.
 DEALT = ("per_device_train_batch_size", "gradient_accumulation_steps")
+# Options that name caches of which sequences are trained on.
+TRAINED_ON = ("cache", "student_cache", "rollout_cache")
+BEGIN_ANEW = "use another --output, or --no-resume to begin anew"
+
+Contents = dict[str, dict[str, dict[str, Any]]]
 
 
 def step_of(options: TrainOptions) -> dict[str, int]:
@@ -83,7 +92,58 @@ def check_same_run(output: Path, options: TrainOptions) -> None:
     if lines:
         raise CacheMismatchError(
             f"{output} holds a run with other settings:{''.join(lines)}",
-            hint="use another --output, or --no-resume to begin anew",
+            hint=BEGIN_ANEW,
+        )
+
+
+def contents_of(manifests: Iterable[tuple[str, str, Manifest]]) -> Contents:
+    """For the provenance: what the caches hold, by option and path.
+
+    Args:
+        manifests: Option, path and manifest of each.
+    """
+    contents: Contents = {}
+    for option, path, manifest in manifests:
+        contents.setdefault(option, {})[path] = {
+            "fingerprint": manifest.fingerprint,
+            "num_sequences": manifest.stats.num_sequences,
+            "content_digest": manifest.content_digest,
+        }
+    return contents
+
+
+def reachable_manifests(options: TrainOptions) -> Iterator[tuple[str, str, Manifest]]:
+    """Option, path and manifest of the caches that can be read now: a student that is trained no longer needs any."""
+    for option in TRAINED_ON:
+        for path in getattr(options, option):
+            try:
+                yield option, path, current_manifest(open_store(path))
+            except KDCacheError as error:
+                logger.debug("not compared with what the run was begun with: %s", error)
+
+
+def check_same_contents(output: Path, contents: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    """Refuse to go on with caches that hold something else than when the output was begun: other sequences in another order, or other targets.
+
+    A run without checkpoints has nothing to go on with. One of an earlier kdcache does not tell what its caches held.
+
+    Raises:
+        CacheMismatchError: A cache has grown, or was made anew in the same place.
+    """
+    if read_mapping(output / RESULTS) is None and not checkpoints(output):
+        return
+    begun = (read_mapping(output / PROVENANCE) or {}).get("contents", {})
+    lines = [
+        f"\n  --{option.replace('_', '-')} {path}: {name} was {before[name]}, is {now[name]}"
+        for option, paths in contents.items()
+        for path, now in paths.items()
+        if (before := begun.get(option, {}).get(path)) is not None
+        for name in now
+        if before[name] != now[name]
+    ]
+    if lines:
+        raise CacheMismatchError(
+            f"{output} holds a run over caches that held something else:{''.join(lines)}", hint=BEGIN_ANEW
         )
 
 

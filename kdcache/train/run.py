@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.cache.commit import check_no_cache
-from kdcache.cache.reader import CacheReader, open_cache
+from kdcache.cache.reader import CacheReader
 from kdcache.config import check_options, read_mapping, replace_file, write_provenance
-from kdcache.errors import CacheMismatchError, ConfigError
+from kdcache.errors import ConfigError
 from kdcache.heads import check_packing
 from kdcache.model_files import find_model
 from kdcache.models import check_student, keep_freed_memory, load_model, load_tokenizer, pick_device, quiet_progress
-from kdcache.targets import check_alignment
 from kdcache.train.card import describe_cache, model_card
+from kdcache.train.checks import check_recipe, check_sequences
 from kdcache.train.lora import add_lora
 from kdcache.train.options import TrainOptions
 from kdcache.train.resume import (
@@ -27,15 +27,16 @@ from kdcache.train.resume import (
     asked_for_checkpoints,
     begin_anew,
     check_no_others,
+    check_same_contents,
     check_same_run,
+    contents_of,
     last_checkpoint,
+    reachable_manifests,
     remove_checkpoints,
     step_of,
 )
 
 logger = logging.getLogger(__name__)
-
-ALIGNMENT_SAMPLE = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,29 +105,21 @@ def train_stage(options: TrainOptions, later: Sequence[Path] = ()) -> TrainResul
     output = Path(options.output)
     check_same_run(output, options)
     if options.resume and (done := read_mapping(output / RESULTS)) is not None:
+        check_same_contents(output, contents_of(reachable_manifests(options)))
         return TrainResult(done, already_done=True)
     check_no_others(output)
-    caches = [(open_cache(path, allow_incomplete=options.allow_incomplete), w) for path, w in options.cache.items()]
-    eval_caches = [(open_cache(path), weight) for path, weight in options.eval_cache.items()]
-    own = [open_cache(path) for path in options.student_cache]
-    rollouts = [open_cache(path) for path in options.rollout_cache]
-    reader = caches[0][0]
+    found = check_recipe(options)
+    contents = contents_of(found.trained_on(options))
+    if options.resume:
+        check_same_contents(output, contents)
+    check_sequences(options, found)
+    reader = found.caches[0][0]
 
     import torch
     from transformers import PrinterCallback, set_seed
 
-    from kdcache.train.recipe import Recipe
     from kdcache.train.trainer import Checkpoints, KDTrainer, MetricsFile, ProgressLine
 
-    recipe = Recipe.of(options.alpha, options.temperature, options.loss, options.loss_args)
-    recipe.check(caches, eval_caches, own, rollouts, mixed=bool(options.mix))
-    for one in [*(cache for cache, _ in caches), *own, *rollouts]:
-        _check_targets(one)
-    if options.mix:
-        _check_mixed(options)
-    else:
-        check_same_sequences([cache for cache, _ in caches])
-    check_same_sequences([cache for cache, _ in eval_caches])
     keep_freed_memory()
     source = find_model(options.student)
     tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
@@ -148,15 +141,15 @@ def train_stage(options: TrainOptions, later: Sequence[Path] = ()) -> TrainResul
     trainer = KDTrainer(
         model,
         arguments,
-        caches,
-        eval_cache=eval_caches or None,
+        found.caches,
+        eval_cache=found.eval_caches or None,
         alpha=options.alpha,
         temperature=options.temperature,
         loss=options.loss,
         loss_args=options.loss_args,
         mix=options.mix,
-        student_cache=own,
-        rollout_cache=rollouts,
+        student_cache=found.student_caches,
+        rollout_cache=found.rollout_caches,
         chunk_positions=options.chunk_positions,
         processing_class=tokenizer,
         callbacks=[MetricsFile(output / "metrics.jsonl"), Checkpoints()],
@@ -167,14 +160,15 @@ def train_stage(options: TrainOptions, later: Sequence[Path] = ()) -> TrainResul
     if trainer.is_world_process_zero():
         if not options.resume:  # else a later run that is told to resume would take up the one before
             begin_anew([output, *later])
-        write_provenance(output, "train-student", "train-student", options, str(arguments.device), **step_of(options))
+        told = {**step_of(options), "contents": contents}
+        write_provenance(output, "train-student", "train-student", options, str(arguments.device), **told)
     checkpoint = last_checkpoint(output) if options.resume else None
     if checkpoint:
         logger.info("going on from %s", checkpoint)
     started = time.monotonic()
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.monotonic() - started
-    evaluation = trainer.evaluate() if eval_caches else {}
+    evaluation = trainer.evaluate() if found.eval_caches else {}
     with quiet_progress():
         trainer.save_model(str(output))
     results = {
@@ -189,14 +183,20 @@ def train_stage(options: TrainOptions, later: Sequence[Path] = ()) -> TrainResul
         "tokens_per_second": round(trainer.num_tokens_seen / seconds, 1),
         **evaluation,
         "cache": describe_cache(reader),
-        "other_caches": [describe_cache(cache) | ({} if options.mix else {"weight": w}) for cache, w in caches[1:]],
+        "other_caches": [
+            describe_cache(cache) | ({} if options.mix else {"weight": w}) for cache, w in found.caches[1:]
+        ],
         **({"mix": options.mix} if options.mix else {}),
-        **({"student_caches": [describe_cache(cache) for cache in own]} if own else {}),
+        **(
+            {"student_caches": [describe_cache(cache) for cache in found.student_caches]}
+            if found.student_caches
+            else {}
+        ),
         **_last_staleness(trainer.state.log_history),
         "objective": {
             "loss": options.loss,
             "loss_args": options.loss_args,
-            "alpha": options.alpha if recipe.uses_teacher else 0.0,
+            "alpha": options.alpha if trainer.recipe.uses_teacher else 0.0,
             "temperature": options.temperature,
         },
         "seed": options.seed,
@@ -280,43 +280,6 @@ def _check_loggers(names: list[str]) -> None:
             raise ConfigError(
                 f"report_to {name}: {str(error).splitlines()[0]}", hint=f"pip install {name}, or --report-to none"
             ) from error
-
-
-def _check_targets(reader: CacheReader) -> None:
-    """Refuse an empty cache, and one whose targets do not belong to its tokens (a sample of sequences)."""
-    if not len(reader):
-        raise ConfigError(f"{reader.store}: the cache holds no sequences")
-    for index in range(0, len(reader), max(1, len(reader) // ALIGNMENT_SAMPLE)):
-        row = reader[index]
-        tolerance = 2 * reader.codec.logprob_error_bound(row.targets.label_logprobs)
-        check_alignment(row.sequence, row.targets, f"{reader.store}, sequence {index}", tolerance)
-
-
-def _check_mixed(options: TrainOptions) -> None:
-    if weighted := [path for path, weight in options.cache.items() if weight != 1]:
-        raise ConfigError(
-            f"--cache {weighted[0]} has a weight, which belongs to several teachers over one text, and --mix gives shares to several texts",
-            hint="leave the weight out, or leave --mix out",
-        )
-
-
-def check_same_sequences(readers: list[CacheReader]) -> None:
-    """Several teachers' caches hold the same sequences, in whatever order.
-
-    Raises:
-        CacheMismatchError: They do not; names the first that is missing.
-    """
-    for other in readers[1:]:
-        first = readers[0]
-        missing = [h for h in first.content_hashes() if other.index_of(h) is None]
-        if missing or len(other) != len(first):
-            raise CacheMismatchError(
-                f"{other.store} and {first.store} hold different sequences: {len(other)} and {len(first)} of them, "
-                f"{len(missing)} of the latter are not in the former"
-                + (f" (the first has content hash {missing[0]:016x})" if missing else ""),
-                hint="caches of several teachers are made from the same dataset with the same --seq-len and packing; for caches of different "
-                "texts say how much of each, as --mix teacher:0.7,real:0.3",
-            )
 
 
 def _warn_about_sizes(reader: CacheReader, num_parameters: int) -> None:

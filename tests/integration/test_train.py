@@ -339,6 +339,62 @@ def kill(*args, **kwargs):
     raise KilledError
 
 
+def killed_at(step, monkeypatch):
+    """Training ends with an error before that step."""
+    training_step = KDTrainer.training_step
+
+    def step_or_end(self, *args, **kwargs):
+        return kill() if self.state.global_step == step else training_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(KDTrainer, "training_step", step_or_end)
+
+
+def test_a_cache_that_has_grown_since_is_not_gone_on_with(tmp_path, top_cache, tiny_student, monkeypatch):
+    """More sequences have another order: those that were seen would not be those that are passed over."""
+    cache = str(shutil.copytree(top_cache, tmp_path / "cache"))
+    whole = Path(cache)
+    hidden = {path: path.read_bytes() for path in (whole / "manifest.json", max((whole / "commits").iterdir()))}
+    for path in hidden:
+        path.unlink()
+    settings = {"max_steps": 6, "save_steps": 2, "allow_incomplete": True}
+    for name, step in (("early", 1), ("out", 3)):
+        with monkeypatch.context() as killed:
+            killed_at(step, killed)
+            with pytest.raises(KilledError):
+                run(cache, tiny_student, tmp_path / name, **settings)
+    before = len(open_cache(cache, allow_incomplete=True))
+    for path, data in hidden.items():
+        path.write_bytes(data)
+    says = rf"--cache {cache}: num_sequences was {before}, is {len(open_cache(cache))}"
+    with pytest.raises(CacheMismatchError, match=says) as error:
+        run(cache, tiny_student, tmp_path / "out", **settings)
+    assert "--no-resume" in error.value.hint
+    assert not run(cache, tiny_student, tmp_path / "out", **settings, resume=False).results["resumed"]
+    assert run(cache, tiny_student, tmp_path / "early", **settings).results["steps"] == 6, "no checkpoint to go on from"
+
+
+def test_a_cache_made_anew_in_its_place_is_another_run(tmp_path, top_cache, tiny_student, tiny_teacher, corpus_file):
+    cache, out = tmp_path / "cache", tmp_path / "out"
+    shutil.copytree(top_cache, cache)
+    run(str(cache), tiny_student, out, max_steps=2)
+    assert run(str(cache), tiny_student, out, max_steps=2).already_done
+    shutil.rmtree(cache)
+    assert run(str(cache), tiny_student, out, max_steps=2).already_done, "a trained student needs no cache"
+    make_cache(cache, tiny_teacher, corpus_file, top_k=8)
+    with pytest.raises(CacheMismatchError, match=rf"--cache {cache}: fingerprint was \w+, is"):
+        run(str(cache), tiny_student, out, max_steps=2)
+    shutil.rmtree(cache)
+    rewrite(top_cache, cache, lambda sequence, targets: (sequence, roll(targets)))
+    with pytest.raises(
+        CacheMismatchError, match=rf"held something else:\n  --cache {cache}: content_digest was \w+, is"
+    ):
+        run(str(cache), tiny_student, out, max_steps=2)
+    told = json.loads((out / "train-student.provenance.json").read_text())
+    del told["contents"]
+    (out / "train-student.provenance.json").write_text(json.dumps(told))
+    assert run(str(cache), tiny_student, out, max_steps=2).already_done, "of an earlier kdcache"
+
+
 def test_what_was_done_before_a_run_began_anew_is_not_taken_up(tmp_path, top_cache, tiny_student, monkeypatch):
     """Two stages are done; --no-resume is killed in the first, and told to resume: neither results nor checkpoints are the old ones."""
     settings = {"max_steps": 3, "save_steps": 1, "then": [{"alpha": 0.0}]}
