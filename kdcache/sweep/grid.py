@@ -17,7 +17,9 @@ from kdcache.cache.reader import open_cache
 from kdcache.cache.transcode import TranscodeOptions, transcode
 from kdcache.config import Options, check_options
 from kdcache.errors import ConfigError
+from kdcache.train.checks import check_recipe
 from kdcache.train.options import TrainOptions
+from kdcache.train.run import stages_of
 
 OURS = ("output", "seed", "resume")
 # Not options of train-student: what a cache is cut down to, and what its spec calls that.
@@ -115,26 +117,19 @@ def plan_students(options: SweepOptions) -> Iterator[Student]:
             folder = Path(options.output) / "students" / name.replace("/", "-").replace(":", "-")
             resolved = check_options(TrainOptions, "train-student", given | {"output": str(folder), "seed": seed})
             if seed == 0:
-                check_recipe(resolved)
+                check_recipes(resolved)
             caches = tuple(resolved.cache) if given.get("cache") == whole else (str(whole),)
             yield Student(point, seed, folder, resolved, caches)
 
 
-def check_recipe(options: TrainOptions) -> None:
-    """Refuse what a run would refuse once its turn comes: a loss, schedule or temperature that its caches cannot give.
+def check_recipes(options: TrainOptions) -> None:
+    """Refuse what a run would refuse once its turn comes, in any of its stages: a loss, schedule, temperature or mix that its caches cannot give.
 
     Raises:
         KDCacheError: As ``train-student`` says it.
     """
-    from kdcache.train.recipe import Recipe
-
-    recipe = Recipe.of(options.alpha, options.temperature, options.loss, options.loss_args)
-    caches, held_out = (
-        [(open_cache(path, allow_incomplete=options.allow_incomplete), weight) for path, weight in paths.items()]
-        for paths in (options.cache, options.eval_cache)
-    )
-    own, rollouts = ([open_cache(p) for p in paths] for paths in (options.student_cache, options.rollout_cache))
-    recipe.check(caches, held_out, own, rollouts, mixed=bool(options.mix))
+    for stage in stages_of(options):
+        check_recipe(stage)
 
 
 def _cut_down(options: SweepOptions, cache: Any, point: dict[str, Any], made: dict[str, str]) -> str:

@@ -22,6 +22,8 @@ LOSS_NAMES = (
     "logit_mse",
     "ce",
 )
+# Losses that also read text that the student wrote, on which another objective counts.
+TWO_TEXT_LOSSES = ("contrastive", "minillm")
 
 
 def _number_or_schedule(value: Any) -> Any:
@@ -79,9 +81,7 @@ class TrainOptions(Options):
     loss: Annotated[
         str,
         Field(
-            description="Divergence between teacher and student: "
-            + ", ".join([*LOSS_NAMES, "contrastive", "minillm"])
-            + "."
+            description="Divergence between teacher and student: " + ", ".join([*LOSS_NAMES, *TWO_TEXT_LOSSES]) + "."
         ),
     ] = "forward_kl"
     loss_args: Annotated[
@@ -112,7 +112,8 @@ class TrainOptions(Options):
             default_factory=list,
             title="'OPTION=VALUE ...'",
             description="Go on with the student that comes out, under other options: a second stage, as 'cache=TASK alpha=0 max_steps=100'. Can be "
-            "given again. Earlier stages are kept in OUTPUT/stage-1, ...",
+            "given again. Other options are those of the stage before, but --loss-args go with its loss, --mix with its caches. All stages are "
+            "checked before the first trains. Earlier ones are kept in OUTPUT/stage-1, ...",
         ),
     ]
     lora: Annotated[

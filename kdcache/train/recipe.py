@@ -18,11 +18,11 @@ from kdcache.train.losses import (
     skew_reverse_kl,
 )
 from kdcache.train.objective import Objective, PolicyGradient
+from kdcache.train.options import TWO_TEXT_LOSSES
 from kdcache.train.schedule import Schedule, parse_schedule
 
-CONTRASTIVE = "contrastive"
+CONTRASTIVE, MINILLM = TWO_TEXT_LOSSES
 CONTRASTIVE_ARGS = {"skew": 0.1, "balance": 1.0}
-MINILLM = "minillm"
 MINILLM_ARGS = {"single_step": 1.0, "long_term": 1.0, "clip": 0.2}
 
 WeightedReaders = list[tuple[CacheReader, float]]
@@ -158,7 +158,7 @@ class Recipe:
         rollouts: Sequence[CacheReader],
         mixed: bool,
     ) -> None:
-        needs = self.loss in (CONTRASTIVE, MINILLM)
+        needs = self.loss in TWO_TEXT_LOSSES
         if needs != bool(student_caches):
             raise ConfigError(
                 f"the losses {CONTRASTIVE} and {MINILLM} need a cache of text that the student wrote, and nothing else takes one",

@@ -13,15 +13,15 @@ from typing import Any
 
 from kdcache.cache.commit import check_no_cache
 from kdcache.cache.reader import CacheReader
-from kdcache.config import check_options, read_mapping, replace_file, write_provenance
-from kdcache.errors import ConfigError
+from kdcache.config import check_options, parse_weighted, read_mapping, replace_file, write_provenance
+from kdcache.errors import ConfigError, KDCacheError
 from kdcache.heads import check_packing
 from kdcache.model_files import find_model
 from kdcache.models import check_student, keep_freed_memory, load_model, load_tokenizer, pick_device, quiet_progress
 from kdcache.train.card import describe_cache, model_card
 from kdcache.train.checks import check_recipe, check_sequences
 from kdcache.train.lora import add_lora
-from kdcache.train.options import TrainOptions
+from kdcache.train.options import TWO_TEXT_LOSSES, TrainOptions
 from kdcache.train.resume import (
     RESULTS,
     asked_for_checkpoints,
@@ -60,6 +60,8 @@ def train(options: TrainOptions) -> TrainResult:
     """
     check_no_cache(options.output)
     stages = stages_of(options)
+    if len(stages) > 1:
+        check_stages(stages)
     for number, stage in enumerate(stages, start=1):
         if len(stages) > 1:
             logger.info("stage %d of %d, in %s", number, len(stages), stage.output)
@@ -68,7 +70,7 @@ def train(options: TrainOptions) -> TrainResult:
 
 
 def stages_of(options: TrainOptions) -> list[TrainOptions]:
-    """The options of each stage: those of the one before, but for what ``then`` says, and its student.
+    """The options of each stage: those of the one before (:func:`carried_over`), but for what ``then`` says, and its student.
 
     The last stage has the output; those before it ``stage-1`` and so on inside.
 
@@ -82,13 +84,48 @@ def stages_of(options: TrainOptions) -> list[TrainOptions]:
             raise ConfigError(
                 f"--then: {taken[0]} is not for a stage to choose: it goes on with the student of the one before"
             )
-        values |= changed
         if number:
-            values["student"] = stages[-1].output
+            values = carried_over(stages[-1], values, changed) | changed | {"student": stages[-1].output}
         last = number == len(options.then)
         values["output"] = options.output if last else str(Path(options.output) / f"stage-{number + 1}")
         stages.append(check_options(TrainOptions, "train-student", values, f" (stage {number + 1})" if changed else ""))
     return stages
+
+
+def carried_over(before: TrainOptions, values: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
+    """What was asked of a stage and holds for the next: not arguments of a loss that is another now, nor text and shares that went with it.
+
+    Args:
+        before: The stage.
+        values: What was asked of it.
+        changed: What is asked of the next.
+    """
+    gone = set()
+    loss = changed.get("loss", before.loss)
+    if loss != before.loss:
+        gone.add("loss_args")
+    if before.student_cache and loss not in TWO_TEXT_LOSSES:
+        gone |= {"student_cache", "rollout_cache", "mix"}
+    if "cache" in changed and parse_weighted(changed["cache"]) != before.cache:
+        gone.add("mix")
+    return {name: value for name, value in values.items() if name not in gone}
+
+
+def check_stages(stages: Sequence[TrainOptions]) -> None:
+    """Refuse, before the first stage trains, what a later one would be refused for; stages that are done are left alone.
+
+    Raises:
+        KDCacheError: As the stage itself would say it, with its number.
+    """
+    for number, stage in enumerate(stages, start=1):
+        try:
+            check_same_run(Path(stage.output), stage)
+            if stage.resume and read_mapping(Path(stage.output) / RESULTS) is not None:
+                continue
+            check_sequences(stage, check_recipe(stage))
+            training_arguments(stage)
+        except KDCacheError as error:
+            raise type(error)(f"stage {number}: {error.message}", hint=error.hint) from error
 
 
 def train_stage(options: TrainOptions, later: Sequence[Path] = ()) -> TrainResult:

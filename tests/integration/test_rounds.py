@@ -10,9 +10,12 @@ from click.testing import CliRunner
 
 from kdcache.cache.reader import open_cache
 from kdcache.cli import main
+from kdcache.config import check_options
 from kdcache.train.mix import kind_of_text
 from kdcache.train.objective import BucketTargets
+from kdcache.train.options import TrainOptions
 from kdcache.train.recipe import Recipe
+from kdcache.train.run import stages_of
 from kdcache.train.stream import CacheDataset, TargetDecoder, collate
 from tests.object_stores import FaultyMemory, faulty_memory
 
@@ -298,12 +301,20 @@ def test_minillm_refuses_rollouts_that_were_not_plainly_sampled(folder, tiny_stu
          "for labels alone, --alpha 0 with another loss"),
         (["--cache", "{}/real", "--then", "output=there"], "output is not for a stage to choose"),
         (["--cache", "{}/real", "--then", "alhpa=0"], "did you mean 'alpha'"),
+        (["--cache", "{}/real", "--then", "cache={}/no-such"], "stage 2: {}/no-such is not a kdcache cache"),
+        (["--cache", "{}/real", "--then", "max_steps=1", "--then", "temperature=3"], "stage 3: temperature 3 is not declared"),
+        (["--cache", "{}/real", "--then", "loss=jsd loss_args='{bta: 0.3}'"], "stage 2: loss jsd has no argument 'bta'"),
+        (["--cache", "{}/real", "--then", "cache=[{}/real,{}/answers]"], "stage 2: {}/answers and {}/real hold different sequences"),
+        (["--cache", "{}/real", "--then", "cache=[{}/real,{}/answers] mix=real:1"], "stage 2: --mix gives no share to {}/answers"),
+        (["--cache", "{}/real", "--then", "lr_scheduler_type=cosin"], "stage 2: training: "),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_clear_error(folder, tiny_student, tmp_path, arguments, says):
-    output = train(folder, tiny_student, tmp_path / "s", *(str(a).format(folder) for a in arguments), code=1)
-    assert says in " ".join(output.split())
+    filled = [str(a).replace("{}", str(folder)) for a in arguments]
+    output = train(folder, tiny_student, tmp_path / "s", *filled, code=1)
+    assert says.replace("{}", str(folder)) in " ".join(output.split())
     assert "Traceback" not in output
+    assert not (tmp_path / "s").exists(), "nothing was trained"
 
 
 def test_two_stages_are_two_runs(folder, tiny_student, tmp_path):
@@ -320,6 +331,43 @@ def test_two_stages_are_two_runs(folder, tiny_student, tmp_path):
           "--then", f"cache={folder}/answers alpha=0 max_steps=2 learning_rate=1e-3")  # fmt: skip
     said = yaml.safe_load((both / "train-student.yaml").read_text())["train-student"]
     assert said["student"] == str(both / "stage-1")
+
+
+def test_what_belonged_to_the_loss_and_the_caches_of_a_stage_ends_with_it(folder, tiny_student, tmp_path):
+    """Arguments, shares and the student's text; unless the next stage names them itself."""
+    first = {
+        "cache": ["real"], "student_cache": ["scored"], "rollout_cache": ["rollouts"], "mix": "student:1,real:1",
+        "loss": "minillm", "loss_args": {"clip": 0.3}, "student": "s", "output": "o",
+    }  # fmt: skip
+
+    def second(**changed):
+        stage = stages_of(check_options(TrainOptions, "train-student", first | {"then": [changed]}))[1]
+        names = ("loss_args", "mix", "student_cache", "rollout_cache")
+        return {name for name in names if getattr(stage, name)}
+
+    assert (
+        second(max_steps=1)
+        == second(cache="real", loss="minillm")
+        == {"loss_args", "mix", "student_cache", "rollout_cache"}
+    )
+    assert second(cache="task") == {"loss_args", "student_cache", "rollout_cache"}
+    assert second(cache="task", mix="real:1,student:2") == {"loss_args", "mix", "student_cache", "rollout_cache"}
+    assert second(loss="contrastive") == {"mix", "student_cache", "rollout_cache"}
+    assert second(loss="forward_kl") == set()
+    assert second(loss="jsd", loss_args={"beta": 0.3}, rollout_cache="rollouts") == {"loss_args", "rollout_cache"}
+    out = tmp_path / "out"
+    train(folder, tiny_student, out, "--cache", folder / "answers", "--cache", folder / "real", "--mix", "teacher:0.7,real:0.3", "--loss", "jsd",
+          "--loss-args", "beta=0.5", "--max-steps", 1, "--then", f"cache={folder}/real loss=forward_kl")  # fmt: skip
+    results = json.loads((out / "train_results.json").read_text())
+    assert "mix" not in results and results["objective"]["loss_args"] == {}
+
+
+def test_a_folder_with_another_run_is_refused_before_the_first_stage(folder, tiny_student, tmp_path):
+    train(folder, tiny_student, tmp_path / "s", "--cache", folder / "real", "--max-steps", 1)
+    asked = ["--cache", folder / "real", "--max-steps", 1, "--then", "alpha=0"]
+    output = train(folder, tiny_student, tmp_path / "s", *asked, code=1)
+    assert "holds a run with other settings" in output
+    assert not (tmp_path / "s" / "stage-1").exists()
 
 
 def test_the_config_file_holds_stages(folder, tiny_student, tmp_path):

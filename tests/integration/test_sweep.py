@@ -314,6 +314,7 @@ def test_a_config_of_the_sweep_alone_is_enough(caches, tiny_student, tmp_path, s
         ({"learning_rate": "1,2"}, {}, "set once for all"),
         ({"top_k": "9"}, {}, "the cache keeps 8 entries"),
         ({"alpha": "0.5"}, {"train": {"student": None}}, "student"),
+        ({"alpha": "0.5"}, {"train": {"then": ["temperature=3"]}}, "temperature 3 is not declared"),
     ],
 )
 def test_bad_grids_are_refused_before_anything_is_trained(caches, tiny_student, tmp_path, grid, changes, says):
