@@ -47,11 +47,7 @@ def table(report: dict[str, Any]) -> str:
     for model in report["models"]:
         label = model["role"]
         if "alpha" in model:
-            label += (
-                " (labels only)"
-                if model["alpha"] == 0
-                else f" (alpha {_short(model['alpha'])}, T {_short(model['temperature'])})"
-            )
+            label += f" ({_trained_for(model)})"
         rows.append([label, *(number(shape, model[key]) if key in model else "-" for _, key, shape in COLUMNS)])
     for role, spread in report["summary"]["spread"].items():
         for which in ("mean", "deviation"):
@@ -86,6 +82,15 @@ def table(report: dict[str, Any]) -> str:
         )
         lines.append(f"phases: {shown}")
     return "\n".join(lines)
+
+
+def _trained_for(model: dict[str, Any]) -> str:
+    """Whose word counted, stage by stage."""
+    told = [
+        "labels" if stage["alpha"] == 0 else f"alpha {_short(stage['alpha'])}, T {_short(stage['temperature'])}"
+        for stage in model.get("stages", [model])
+    ]
+    return "labels only" if set(told) == {"labels"} else ", then ".join(told)
 
 
 def _short(value: float | str) -> str:

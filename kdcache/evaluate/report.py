@@ -283,7 +283,11 @@ def _training(found: Found) -> Iterator[str]:
     ]
     if any(figures):
         yield f'<h2>Training</h2>\n<div class="plots">{"".join(figures)}</div>'
-        own = ", ".join(f"{name} {model['alpha']}" for name, model in _students(found) if "alpha" in model)
+        own = ", ".join(
+            f"{name} {', then '.join(str(stage['alpha']) for stage in model.get('stages', [model]))}"
+            for name, model in _students(found)
+            if "alpha" in model
+        )
         yield paragraph(
             f"Circles: held-out text. Losses of other objectives are not comparable with each other, cross-entropies are. Weight of the teacher "
             f"(alpha): {own or 'not known'}.", soft=True,

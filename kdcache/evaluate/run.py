@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kdcache.cache.commit import read_commits
 from kdcache.cache.reader import CacheReader, open_cache
@@ -210,8 +210,8 @@ class _Cache(_Strict):
     bytes_per_token: float
 
 
-class _Record(_Strict):
-    """What is told of a run, in the ``train_results.json`` of ``train-student``."""
+class _Stage(_Strict):
+    """What is told of a stage of a run."""
 
     tokens_per_second: float
     train_seconds: float
@@ -219,19 +219,34 @@ class _Record(_Strict):
     cache: _Cache
 
 
+class _Record(_Stage):
+    """What is told of a run, in the ``train_results.json`` of ``train-student``: of several stages, the last one's, and a list of them all."""
+
+    stages: list[_Stage] = Field(default_factory=list)
+
+
 def _training_record(name: str) -> dict[str, Any]:
-    """What a folder made by ``train-student`` says about its training; nothing where the file is torn, or of another program."""
+    """What a folder made by ``train-student`` says about its training; nothing where the file is torn, or of another program.
+
+    Of several stages: seconds and rate are of all together, the cache is that of the first that had a teacher.
+    """
     record = read_mapping(Path(name) / TRAIN_RESULTS) or {}
     try:
         _Record.model_validate(record)
     except ValidationError:
         return {}
+    objective = {name: record["objective"][name] for name in ("alpha", "temperature")}
+    if not (stages := record.get("stages")):
+        return {name: record[name] for name in ("tokens_per_second", "train_seconds", "cache")} | objective
+    seconds = sum(stage["train_seconds"] for stage in stages)
+    tokens = sum(stage["tokens_per_second"] * stage["train_seconds"] for stage in stages)
+    taught = [stage for stage in stages if stage["objective"]["alpha"] != 0]
     return {
-        "tokens_per_second": record["tokens_per_second"],
-        "train_seconds": record["train_seconds"],
-        "alpha": record["objective"]["alpha"],
-        "temperature": record["objective"]["temperature"],
-        "cache": record["cache"],
+        "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+        "train_seconds": round(seconds, 2),
+        "cache": (taught or stages)[0]["cache"],
+        **objective,
+        "stages": [{name: stage["objective"][name] for name in objective} for stage in stages],
     }
 
 

@@ -190,9 +190,10 @@ def cost(students: list[Student]) -> dict[str, Any]:
     """
     if not students:
         return {}
-    readers = {path: open_cache(path) for path in sorted({path for student in students for path in student.caches})}
-    tokens = [json.loads((student.folder / RESULTS).read_text())["train_tokens"] for student in students]
-    made = {"num_students": len(students), "train_tokens": sum(tokens), "num_dumps": len(readers)}
+    stages = [stage for student in students for stage in _read_tokens(student)]
+    readers = {path: open_cache(path) for path in sorted({path for _, paths, _ in stages for path in paths})}
+    tokens = sum(trained for trained, _, _ in stages)
+    made = {"num_students": len(students), "train_tokens": tokens, "num_dumps": len(readers)}
     if any(reader.spec.transcoded_from is not None for reader in readers.values()):
         return made  # what the teacher took is known where the cache was dumped
     dumped = {path: sum(commit.seconds for commit in read_commits(reader.store)) for path, reader in readers.items()}
@@ -201,8 +202,8 @@ def cost(students: list[Student]) -> dict[str, Any]:
     rate = sum(positions.values()) / max(seconds, 1e-9)
     # Several teachers read a token each; of several texts it is in one.
     live = sum(
-        trained * (max if student.options.mix else sum)(dumped[path] / positions[path] for path in student.caches)
-        for trained, student in zip(tokens, students, strict=True)
+        trained * (max if mixed else sum)(dumped[path] / positions[path] for path in paths)
+        for trained, paths, mixed in stages
     )
     return made | {
         "dump_seconds": round(seconds, 1),
@@ -211,3 +212,17 @@ def cost(students: list[Student]) -> dict[str, Any]:
         "saved_seconds": round(live - seconds, 1),
         "break_even_students": math.ceil(seconds / (live / len(students))) if live else None,
     }
+
+
+def _read_tokens(student: Student) -> list[tuple[int, tuple[str, ...], bool]]:
+    """Of each stage that its record tells of: tokens trained on, caches before they were cut down, and whether these are of several texts."""
+    results = json.loads((student.folder / RESULTS).read_text())
+    told = results.get("stages", [results])
+    return [
+        (
+            one["train_tokens"],
+            student.caches if stage.cache == student.options.cache else tuple(stage.cache),
+            bool(stage.mix),
+        )
+        for one, stage in zip(told, stages_of(student.options)[-len(told) :], strict=True)
+    ]

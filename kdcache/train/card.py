@@ -27,23 +27,17 @@ def describe_cache(reader: CacheReader) -> dict[str, Any]:
 
 def model_card(options: TrainOptions, results: dict[str, Any]) -> str:
     """README.md of a student folder."""
-    cache, objective = results["cache"], results["objective"]
+    stages = results.get("stages", [results])
     fields = ", ".join(f"{name}={value}" for name, value in options.lora.items())
     trained = f"LoRA on `{options.student}`: {fields}; {results['num_trained_parameters']:,} parameters trained"
-    shares = ", ".join(f"{share:g} {name}" for name, share in results.get("mix", {}).items())
-    mixed = [("mix of tokens", shares)] if shares else []
     adapters = [("adapters", trained)] if options.lora else []
     rows = [
-        ("teacher", f"`{cache['teacher']}` (digest `{cache['teacher_digest'][:12]}`)"),
-        ("cache", f"fingerprint `{cache['fingerprint']}`, {cache['num_positions']:,} tokens of `{cache['dataset']}`"),
-        (
-            "loss",
-            f"(1 - alpha) CE + alpha T² {objective['loss']}, alpha = {objective['alpha']}, T = {objective['temperature']}"
-            + "".join(f", {name} = {value}" for name, value in objective["loss_args"].items()),
+        *(
+            (f"{name}, stage {number}" if len(stages) > 1 else name, value)
+            for number, stage in enumerate(stages, start=1)
+            for name, value in _rows_of(stage)
         ),
-        *mixed,
         *adapters,
-        ("steps", f"{results['steps']:,} ({results['train_tokens']:,} tokens), seed {results['seed']}"),
         *(
             (name.removeprefix("eval_"), f"{results[name]:.4f} (held out)")
             for name in results
@@ -75,3 +69,20 @@ tokenizer = AutoTokenizer.from_pretrained("{Path(options.output).name}")
 
 The exact options stand in `train-student.yaml`, versions and device in `train-student.provenance.json`.
 """
+
+
+def _rows_of(stage: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a stage was trained on, and for what."""
+    cache, objective = stage["cache"], stage["objective"]
+    shares = ", ".join(f"{share:g} {name}" for name, share in stage.get("mix", {}).items())
+    return [
+        ("teacher", f"`{cache['teacher']}` (digest `{cache['teacher_digest'][:12]}`)"),
+        ("cache", f"fingerprint `{cache['fingerprint']}`, {cache['num_positions']:,} tokens of `{cache['dataset']}`"),
+        (
+            "loss",
+            f"(1 - alpha) CE + alpha T² {objective['loss']}, alpha = {objective['alpha']}, T = {objective['temperature']}"
+            + "".join(f", {name} = {value}" for name, value in objective["loss_args"].items()),
+        ),
+        *([("mix of tokens", shares)] if shares else []),
+        ("steps", f"{stage['steps']:,} ({stage['train_tokens']:,} tokens), seed {stage['seed']}"),
+    ]

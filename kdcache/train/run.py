@@ -38,6 +38,11 @@ from kdcache.train.resume import (
 
 logger = logging.getLogger(__name__)
 
+# What the results of a run of several stages tell of each.
+TOLD_OF_A_STAGE = (
+    "objective", "cache", "other_caches", "student_caches", "mix", "seed", "steps", "train_tokens", "train_seconds", "tokens_per_second",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
@@ -45,6 +50,7 @@ class TrainResult:
 
     Its ``train_tokens`` are those of the sequences trained on, each as often as it was, over all ranks, before and after a resume: counted
     as ``num_positions`` of a cache are, prompts too, padding not. ``tokens_per_second`` and ``train_seconds`` are of this run alone.
+    Of several stages they are those of the last, whose ``stages`` tell of each, itself too.
     """
 
     results: dict[str, Any]
@@ -62,10 +68,12 @@ def train(options: TrainOptions) -> TrainResult:
     stages = stages_of(options)
     if len(stages) > 1:
         check_stages(stages)
+    earlier: list[dict[str, Any]] = []
     for number, stage in enumerate(stages, start=1):
         if len(stages) > 1:
             logger.info("stage %d of %d, in %s", number, len(stages), stage.output)
-        result = train_stage(stage, [Path(later.output) for later in stages[number:]])
+        result = train_stage(stage, [Path(later.output) for later in stages[number:]], earlier)
+        earlier.append(result.results)
     return result
 
 
@@ -128,12 +136,15 @@ def check_stages(stages: Sequence[TrainOptions]) -> None:
             raise type(error)(f"stage {number}: {error.message}", hint=error.hint) from error
 
 
-def train_stage(options: TrainOptions, later: Sequence[Path] = ()) -> TrainResult:
+def train_stage(
+    options: TrainOptions, later: Sequence[Path] = (), earlier: Sequence[dict[str, Any]] = ()
+) -> TrainResult:
     """Run one stage; running it again goes on from the last checkpoint, or says that all is done.
 
     Args:
         options: Of the stage.
         later: Outputs of the stages after it, which begin anew where this one does.
+        earlier: Results of those before it.
 
     Raises:
         CacheMismatchError: Cache and student do not belong together, or the output holds another run.
@@ -238,6 +249,8 @@ def train_stage(options: TrainOptions, later: Sequence[Path] = ()) -> TrainResul
         },
         "seed": options.seed,
     }
+    if earlier:
+        results["stages"] = [{n: one[n] for n in TOLD_OF_A_STAGE if n in one} for one in [*earlier, results]]
     if trainer.is_world_process_zero():
         (output / "README.md").write_text(model_card(options, results))
         replace_file(output / RESULTS, json.dumps(results, indent=2) + "\n")

@@ -331,6 +331,15 @@ def test_two_stages_are_two_runs(folder, tiny_student, tmp_path):
           "--then", f"cache={folder}/answers alpha=0 max_steps=2 learning_rate=1e-3")  # fmt: skip
     said = yaml.safe_load((both / "train-student.yaml").read_text())["train-student"]
     assert said["student"] == str(both / "stage-1")
+    recorded = [json.loads((where / "train_results.json").read_text()) for where in (both / "stage-1", both)]
+    stages = recorded[1]["stages"]
+    assert [stage["objective"]["alpha"] for stage in stages] == [0.7, 0]
+    assert [stage["cache"]["path"] for stage in stages] == [str(folder / "real"), str(folder / "answers")]
+    for name in ("train_tokens", "train_seconds", "steps"):
+        assert [stage[name] for stage in stages] == [one[name] for one in recorded]
+    card = (both / "README.md").read_text()
+    assert "| loss, stage 1 | (1 - alpha) CE + alpha T² forward_kl, alpha = 0.7, T = 1.0 |" in card
+    assert "| loss, stage 2 | (1 - alpha) CE + alpha T² forward_kl, alpha = 0.0, T = 1.0 |" in card
 
 
 def test_what_belonged_to_the_loss_and_the_caches_of_a_stage_ends_with_it(folder, tiny_student, tmp_path):

@@ -7,6 +7,7 @@ import shutil
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -147,6 +148,24 @@ def test_what_was_saved_is_measured(swept, caches):
     assert spent["live_teacher_seconds"] == pytest.approx(sum(tokens) * seconds / positions, abs=0.1)
     assert spent["saved_seconds"] == pytest.approx(spent["live_teacher_seconds"] - seconds, abs=0.2)
     assert cost([]) == {}
+
+
+def test_the_cost_is_that_of_all_stages(caches, tiny_student, tmp_path):
+    then = [f"cache={caches / 'held'} alpha=0 max_steps=2"]
+    given = asked(
+        caches, tiny_student, tmp_path / "out", {"alpha": "1"}, teacher_cache=str(caches / "held"), train={"then": then}
+    )
+    spent = sweep(given)["cost"]
+    folder = tmp_path / "out" / "students" / "alpha=1_seed=0"
+    tokens = [
+        json.loads((one / "train_results.json").read_text())["train_tokens"] for one in (folder / "stage-1", folder)
+    ]
+    dumped = [read_commits(open_cache(caches / name).store) for name in ("cache", "held")]
+    seconds = [sum(c.seconds for c in commits) for commits in dumped]
+    rates = [some / sum(c.stats.num_positions for c in commits) for some, commits in zip(seconds, dumped, strict=True)]
+    assert spent["train_tokens"] == sum(tokens) and spent["num_dumps"] == 2
+    assert spent["dump_seconds"] == pytest.approx(sum(seconds), abs=0.06)
+    assert spent["live_teacher_seconds"] == pytest.approx(np.dot(tokens, rates), abs=0.06)
 
 
 def test_again_trains_nothing_and_a_larger_grid_only_what_is_new(swept, caches, tiny_student):

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from kdcache.cli.evaluate import _trained_for
 from kdcache.evaluate.generations import repetition, rouge_l
 from kdcache.evaluate.metrics import MEASURED, Metrics, position_values, teacher_values
+from kdcache.evaluate.report import _training
 from kdcache.evaluate.run import _phases, _training_record, read_curves
 from kdcache.evaluate.teacher import Buckets
 
@@ -148,9 +150,27 @@ def test_a_record_of_training_is_read_whole(tmp_path):
     }  # fmt: skip
 
 
+def test_a_record_of_stages_tells_of_all(tmp_path):
+    """Labels came last: neither are they all that it learned from, nor is their cache the teacher's."""
+    last = {
+        "tokens_per_second": 1.5, "train_seconds": 1, "objective": {"alpha": 0, "temperature": 1.0}, "cache": RECORD["cache"] | {"path": "task"},
+    }  # fmt: skip
+    (tmp_path / "train_results.json").write_text(json.dumps(last | {"stages": [last, RECORD, last]}))
+    told = _training_record(str(tmp_path))
+    assert told == {
+        "tokens_per_second": 6.3, "train_seconds": 5, "alpha": 0, "temperature": 1.0, "cache": RECORD["cache"],
+        "stages": [{"alpha": 0, "temperature": 1.0}, {"alpha": "linear:0:1", "temperature": 2.0}, {"alpha": 0, "temperature": 1.0}],
+    }  # fmt: skip
+    assert _trained_for(told) == "labels, then alpha linear:0:1, T 2, then labels"
+    page = "".join(_training({"models": [told | {"role": "student", "curves": {"loss": [[1, 3.0], [2, 2.5]]}}]}))
+    assert "Weight of the teacher (alpha): student 0, then linear:0:1, then 0." in page
+    assert _trained_for(last["objective"]) == _trained_for({"stages": [last["objective"]] * 2}) == "labels only"
+
+
 @pytest.mark.parametrize(
     "content",
     [
+        json.dumps(RECORD | {"stages": [RECORD, {}]}).encode(),
         json.dumps(RECORD)[:-20].encode(),
         b"",
         b"[]",
