@@ -103,7 +103,7 @@ class TrainOptions(Options):
             default_factory=list,
             title="CACHE",
             description="Cache that generate made with the student as the model: with which probability it wrote its text. Needed by minillm; "
-            "otherwise it tells how stale rollouts are. Can be given again.",
+            "otherwise it tells how stale rollouts are. Can be given again, in the order of rounds.",
         ),
     ]
     then: Annotated[

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from kdcache.cache.reader import CacheReader
 from kdcache.errors import CacheMismatchError, ConfigError
@@ -20,6 +22,8 @@ from kdcache.train.losses import (
 from kdcache.train.objective import Objective, PolicyGradient
 from kdcache.train.options import TWO_TEXT_LOSSES
 from kdcache.train.schedule import Schedule, parse_schedule
+
+logger = logging.getLogger(__name__)
 
 CONTRASTIVE, MINILLM = TWO_TEXT_LOSSES
 CONTRASTIVE_ARGS = {"skew": 0.1, "balance": 1.0}
@@ -174,6 +178,7 @@ class Recipe:
             )
         for reader in rollouts:
             _check_plainly_sampled(reader)
+            _warn_of_selection(reader)
         for reader in student_caches:
             missing = sum(all(r.index_of(h) is None for r in rollouts) for h in reader.content_hashes())
             if missing:
@@ -278,3 +283,27 @@ def _check_plainly_sampled(reader: CacheReader) -> None:
             "while the stored probabilities are the student's own",
             hint="kdcache generate --sample-temperature 1 --sample-top-p 1 --sample-top-k 0 --repetition-penalty 1, its defaults",
         )
+
+
+def _warn_of_selection(reader: CacheReader) -> None:
+    """Say which answers were dropped for what they are: those that are left are not drawn from the student any more."""
+    spec, stats = reader.spec.generation, reader.manifest.stats
+    if spec is None:
+        return
+    dropped = {
+        f"--min-tokens {spec.min_tokens}": stats.num_answers_short * (spec.min_tokens > 1),  # an empty one has no loss
+        f"--max-repetition {spec.max_repetition:g}": stats.num_answers_repetitive,
+        "--no-keep-unfinished": stats.num_answers_unfinished,
+        f"--no-keep-duplicates of {spec.num_answers} answers a prompt": stats.num_answers_duplicate,
+    }
+    if found := ", ".join(f"{number:,} by {name}" for name, number in dropped.items() if number):
+        _warn_once(
+            f"{reader.store}: loss {MINILLM} takes rollouts for what the student writes, and of these some were dropped after they were "
+            f"sampled: {found}. It leans toward those that are left"
+        )
+
+
+@lru_cache(maxsize=256)
+def _warn_once(message: str) -> None:
+    """Caches are checked by whoever is given them: before the first stage, before each, by the trainer."""
+    logger.warning("%s", message)

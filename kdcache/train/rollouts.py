@@ -37,13 +37,22 @@ class Rollout:
         return Rollout(np.full(num_targets, np.nan, dtype=np.float32), np.zeros(num_targets, dtype=np.float32))
 
 
+def asked_in_turn(text: CacheReader, written: Sequence[CacheReader]) -> tuple[CacheReader, ...]:
+    """Caches of rollouts in the order in which they are asked about a text: those that it was dumped from, then from the last named.
+
+    What a student wrote in two rounds stands in two caches, with another probability in each.
+    """
+    sources = (text.spec.corpus.digest, text.manifest.content_digest)
+    return tuple(sorted(reversed(written), key=lambda one: one.manifest.content_digest not in sources))
+
+
 def find_rollout(sequence: TokenSequence, targets: CompactTargets | None, written: Sequence[CacheReader]) -> Rollout:
     """What the caches of rollouts know of a sequence.
 
     Args:
         sequence: Of any cache.
         targets: What the teacher said of it; without them there are no advantages.
-        written: Caches that ``kdcache generate`` made with the student.
+        written: Caches that ``kdcache generate`` made with the student; the first that has the sequence counts.
     """
     name = content_hash(sequence)
     for reader in written:

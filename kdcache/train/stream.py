@@ -12,7 +12,7 @@ on the training device (:meth:`TargetDecoder.decode_buckets`); the numpy twin of
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from kdcache.heads import OutputHead
 from kdcache.targets import TokenSequence, temperature_index
 from kdcache.train.mix import Mix
 from kdcache.train.objective import BucketTargets, FullTargets, MixedTargets, Targets, entropy_of
-from kdcache.train.rollouts import Rollout, find_rollout
+from kdcache.train.rollouts import Rollout, asked_in_turn, find_rollout
 
 IGNORED = -100
 
@@ -69,6 +69,10 @@ class CacheDataset(Dataset[Item]):
     student_texts: tuple[CacheReader, ...] = ()
     rollouts: tuple[CacheReader, ...] = ()
     with_targets: bool = True
+    _asked: tuple[tuple[CacheReader, ...], ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_asked", tuple(asked_in_turn(reader, self.rollouts) for reader in self.texts))
 
     @property
     def texts(self) -> tuple[CacheReader, ...]:
@@ -89,11 +93,11 @@ class CacheDataset(Dataset[Item]):
         from_student = number > len(self.more)
         if not (self.with_targets and counts):
             sequence = reader.tokens(place)
-            return Item(sequence, (), counts, from_student, self._rollout(sequence, None, counts))
+            return Item(sequence, (), counts, from_student, self._rollout(number, sequence, None, counts))
         sequence, targets = reader.compact(place)
         others = () if number else self.others
         more = tuple(other.compact(other.find(sequence, "of another teacher"))[1] for other in others)
-        return Item(sequence, (targets, *more), True, from_student, self._rollout(sequence, targets, counts))
+        return Item(sequence, (targets, *more), True, from_student, self._rollout(number, sequence, targets, counts))
 
     def _locate(self, index: int) -> tuple[int, CacheReader, int]:
         """Number and cache of the text, and the sequence in it."""
@@ -103,8 +107,10 @@ class CacheDataset(Dataset[Item]):
             index -= len(reader)
         raise IndexError(f"sequence {index} past the last of {len(self)}")
 
-    def _rollout(self, sequence: TokenSequence, targets: CompactTargets | None, counts: bool) -> Rollout | None:
-        return find_rollout(sequence, targets, self.rollouts) if self.rollouts and counts else None
+    def _rollout(
+        self, text: int, sequence: TokenSequence, targets: CompactTargets | None, counts: bool
+    ) -> Rollout | None:
+        return find_rollout(sequence, targets, self._asked[text]) if self.rollouts and counts else None
 
 
 def epoch_order(num_sequences: int, fingerprint: str, seed: int, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:

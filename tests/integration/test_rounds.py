@@ -15,6 +15,7 @@ from kdcache.train.mix import kind_of_text
 from kdcache.train.objective import BucketTargets
 from kdcache.train.options import TrainOptions
 from kdcache.train.recipe import Recipe
+from kdcache.train.rollouts import asked_in_turn
 from kdcache.train.run import stages_of
 from kdcache.train.stream import CacheDataset, TargetDecoder, collate
 from tests.object_stores import FaultyMemory, faulty_memory
@@ -283,6 +284,62 @@ def test_minillm_refuses_rollouts_that_were_not_plainly_sampled(folder, tiny_stu
     output = " ".join(output.split())
     assert f"was sampled with {says}" in output
     assert "--sample-temperature 1 --sample-top-p 1 --sample-top-k 0 --repetition-penalty 1" in output
+
+
+def test_what_was_written_in_two_rounds_has_the_probability_of_its_own(folder, tiny_teacher, tmp_path):
+    """The same answers from two students, as if the first had become the second, in either order of the caches."""
+    asked = ["--teacher", tiny_teacher, "--temperatures", 1, "--dtype", "float32", "--seq-len", 64]
+    kdcache(
+        "dump-teacher",
+        *asked,
+        "--top-k",
+        1,
+        "--codec",
+        "exact",
+        "--dataset",
+        folder / "rollouts",
+        "--output",
+        tmp_path / "rollouts",
+    )
+    kdcache("dump-teacher", *asked, "--top-k", 16, "--dataset", tmp_path / "rollouts", "--output", tmp_path / "scored")
+    rounds = [[open_cache(root / name) for name in ("scored", "rollouts")] for root in (folder, tmp_path)]
+    written = [rollouts for _, rollouts in rounds]
+    size = len(written[0])
+    for given in (written, written[::-1]):
+        data = CacheDataset(rounds[0][0], more=(rounds[1][0],), rollouts=tuple(given))
+        for index in (0, size - 1, size, 2 * size - 1):
+            expected = written[index // size][index % size].targets.label_logprobs
+            np.testing.assert_array_equal(data[index].rollout.logprobs, expected)
+        assert asked_in_turn(open_cache(folder / "real"), given) == tuple(reversed(given))
+    labels = [reader[0].targets.label_logprobs for reader in written]
+    assert np.abs(labels[0] - labels[1]).max() > 1e-3, "they differ"
+
+
+def test_minillm_says_once_which_rollouts_were_dropped(folder, caplog):
+    real, scored, rollouts = (open_cache(folder / name) for name in ("real", "scored", "rollouts"))
+    recipe = Recipe.of(0.5, 1.0, "minillm", None)
+
+    def said(filters, dropped):
+        rollouts.spec = rollouts.manifest.spec.model_copy(
+            update={"generation": rollouts.manifest.spec.generation.model_copy(update=filters)}
+        )
+        stats = rollouts.manifest.stats.model_copy(update=dropped)
+        rollouts.manifest = rollouts.manifest.model_copy(update={"stats": stats})
+        caplog.clear()
+        for _ in range(2):
+            recipe.check([(real, 1.0)], [], [scored], [rollouts])
+        return [record.message for record in caplog.records]
+
+    nothing = dict.fromkeys(
+        ("num_answers_short", "num_answers_repetitive", "num_answers_unfinished", "num_answers_duplicate"), 0
+    )
+    assert said({"min_tokens": 1}, nothing | {"num_answers_short": 3}) == []
+    (warning,) = said(
+        {"min_tokens": 5, "max_repetition": 0.5}, nothing | {"num_answers_short": 3, "num_answers_repetitive": 2}
+    )
+    assert "dropped after they were sampled: 3 by --min-tokens 5, 2 by --max-repetition 0.5." in warning
+    (warning,) = said({"keep_unfinished": False}, nothing | {"num_answers_unfinished": 4, "num_answers_duplicate": 1})
+    assert "4 by --no-keep-unfinished, 1 by --no-keep-duplicates of 3 answers a prompt." in warning
 
 
 @pytest.mark.parametrize(
