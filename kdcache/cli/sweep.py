@@ -13,7 +13,7 @@ import yaml
 from kdcache.cli.flags import flags_of, given
 from kdcache.config import read_section, resolve_options
 from kdcache.errors import ConfigError
-from kdcache.sweep.grid import SweepOptions
+from kdcache.sweep.grid import OURS, SweepOptions
 from kdcache.sweep.run import sweep
 from kdcache.sweep.shown import table
 
@@ -27,12 +27,14 @@ def command(config: str | None, as_json: bool, **flags: Any) -> None:
     \b
     kdcache sweep --output S --train cache=C --train student=M --teacher-cache H --grid alpha=0.5,0.7 --grid temperature=1,2
 
-    Run the same command again after a crash, or with a larger grid: what is trained stays.
+    Run the same command again after a crash, or with a larger grid: what is trained stays, and is evaluated anew only where it, or
+    the held-out cache, is not what it was.
     """  # noqa: D301 - click's mark for lines to leave alone
     flags = given(flags)
     options = resolve_options(SweepOptions, "sweep", flags, config)
     if config is not None and "train-student" in (yaml.safe_load(Path(config).read_text()) or ()):
-        base = read_section(config, "train-student")
+        section = read_section(config, "train-student")
+        base = {name: value for name, value in section.items() if name not in OURS}  # meant for train-student alone
         if taken := [name for name in options.grid if name in base]:
             raise ConfigError(
                 f"--grid {taken[0]}: the section train-student of {config} sets it for all",

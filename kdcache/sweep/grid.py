@@ -21,7 +21,12 @@ from kdcache.train.checks import check_recipe
 from kdcache.train.options import TrainOptions
 from kdcache.train.run import stages_of
 
-OURS = ("output", "seed", "resume")
+# Options that the sweep itself sets, and what serves instead.
+OURS = {
+    "output": "--output is the folder of the sweep; each student has one of its own inside",
+    "seed": "--seeds N varies the seed",
+    "resume": "a student whose folder is removed is trained anew",
+}
 # Not options of train-student: what a cache is cut down to, and what its spec calls that.
 CUTS = {"top_k": "k", "top_p": "top_p"}
 # To YAML 1.1 these are text, for want of a point or of a sign.
@@ -63,7 +68,7 @@ class SweepOptions(Options):
         Field(
             default_factory=dict,
             description="Any other option of train-student, the same for all: cache=C, student=S ... With --config its section "
-            "train-student is taken first.",
+            "train-student is taken first, but for output, seed and resume, which the sweep sets.",
         ),
     ]
     seeds: Annotated[int, Field(ge=1, description="Students of each combination, with seeds 0, 1, ...")] = 1
@@ -100,10 +105,12 @@ def plan_students(options: SweepOptions) -> Iterator[Student]:
     for name in [*options.grid, *options.train]:
         if name not in TrainOptions.model_fields and name not in CUTS:
             check_options(TrainOptions, "train-student", {name: None})
-    if taken := [name for name in options.grid if name in OURS or name in options.train]:
+    taken = [("grid", name) for name in options.grid if name in OURS or name in options.train]
+    taken += [("train", name) for name in options.train if name in OURS]
+    for flag, name in taken[:1]:
         raise ConfigError(
-            f"--grid {taken[0]}: set once for all, or by the sweep itself",
-            hint=f"leave it out of --train {taken[0]}" if taken[0] in options.train else "--seeds N varies the seed",
+            f"--{flag} {name}: set once for all, or by the sweep itself",
+            hint=OURS.get(name, f"leave it out of --train {name}"),
         )
     cut: dict[str, str] = {}  # by the name of its folder
     for values in product(*options.grid.values()):

@@ -2,7 +2,7 @@
 
 Every student is an ordinary run of ``kdcache train-student`` in a folder of its own, which can be taken up again, looked at and used
 like any other; a run that fails, of whatever error, does not end the others. What a sweep adds is the grid, the evaluation of all students
-on the same text, and the sums.
+on the same text, and the sums. An evaluation is done again unless it was of the same bytes of the held-out cache and of the same run.
 
 **What is saved** is said from measured times alone: the seconds of the dump, and the tokens that the students were trained on. Distilling
 live, the teacher reads each of these tokens once for each student. A dump's seconds are also those of selecting and encoding what is
@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.cache.commit import read_commits
+from kdcache.cache.manifest import to_json
 from kdcache.cache.reader import open_cache
+from kdcache.cache.shard import digest
 from kdcache.config import read_mapping, replace_file
 from kdcache.errors import ConfigError, KDCacheError
 from kdcache.evaluate.bootstrap import deviation
@@ -48,10 +50,13 @@ def sweep(options: SweepOptions) -> dict[str, Any]:
         CacheError: A cache cannot be read, or cut down as the grid asks.
     """
     output = Path(options.output)
+    measured_on = ""  # digest of the manifest: of the cache's fingerprint and of every committed shard
     if options.teacher_cache is not None:
         from kdcache.evaluate.teacher import check_measurable
 
-        check_measurable(open_cache(options.teacher_cache))
+        reader = open_cache(options.teacher_cache)
+        check_measurable(reader)
+        measured_on = digest(to_json(reader.manifest))
     students = list(plan_students(options))
     for student in students:
         check_metric(options.metric, measured_of(student, options.teacher_cache))
@@ -60,7 +65,7 @@ def sweep(options: SweepOptions) -> dict[str, Any]:
     with Progress("sweep", len(students)) as progress:
         for number, student in enumerate(students):
             progress.update(number, f"{number}/{len(students)} students, now {student.folder.name}")
-            error = train_one(student) or evaluate_one(student, options.teacher_cache)
+            error = train_one(student) or evaluate_one(student, options.teacher_cache, measured_on)
             if error:
                 failed[student.folder.name] = error
     done = [student for student in students if student.folder.name not in failed]
@@ -112,16 +117,21 @@ def train_one(student: Student) -> str | None:
     return _without_ending(lambda: train(student.options))
 
 
-def evaluate_one(student: Student, teacher_cache: str | None) -> str | None:
-    """Evaluate it, unless that is done; why it failed, or None."""
+def evaluate_one(student: Student, teacher_cache: str | None, measured_on: str) -> str | None:
+    """Evaluate it, unless that is done: of this very run, and on these very bytes; why it failed, or None."""
     from kdcache.evaluate.options import EvaluateOptions
     from kdcache.evaluate.run import evaluate
 
+    if teacher_cache is None:
+        return None
     file = student.folder / EVALUATION
-    if teacher_cache is None or ((read_mapping(file) or {}).get("teacher_cache") or {}).get("path") == teacher_cache:
+    made_of = {"teacher_cache": measured_on, "student": digest((student.folder / RESULTS).read_bytes())}
+    if (read_mapping(file) or {}).get("made_of") == made_of:
         return None
     options = EvaluateOptions(student=(str(student.folder),), teacher_cache=teacher_cache)
-    return _without_ending(lambda: replace_file(file, json.dumps(evaluate(options), indent=2) + "\n"))
+    return _without_ending(
+        lambda: replace_file(file, json.dumps(evaluate(options) | {"made_of": made_of}, indent=2) + "\n")
+    )
 
 
 def _without_ending(job: Callable[[], object]) -> str | None:

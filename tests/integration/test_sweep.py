@@ -20,9 +20,12 @@ from kdcache.cli import main
 from kdcache.config import check_options
 from kdcache.dump.launch import dump
 from kdcache.errors import CacheMismatchError, ConfigError
+from kdcache.evaluate.options import EvaluateOptions
+from kdcache.evaluate.run import evaluate
 from kdcache.sweep.grid import SweepOptions, plan_students
 from kdcache.sweep.run import cost, measured_of, sweep
 from kdcache.sweep.shown import plot, table
+from kdcache.train.run import train
 from tests.integration.test_dump import options
 
 TRAIN = {"learning_rate": 3e-3, "max_steps": 3, "per_device_train_batch_size": 4}
@@ -231,6 +234,60 @@ def test_what_a_crash_has_left_of_a_file_is_made_anew(caches, tiny_student, tmp_
         )
         assert json.loads((folder / file).read_text())
     assert not [path.name for path in folder.iterdir() if path.name.endswith(".tmp")]
+
+
+def test_an_evaluation_of_another_run_or_of_other_text_is_not_taken_for_this_one(
+    caches, tiny_student, tiny_teacher, corpus_file, tmp_path
+):
+    """A student that was trained again by hand, then a held-out cache that was made again at the same path."""
+    shutil.copytree(caches / "held", tmp_path / "held")
+    given = asked(caches, tiny_student, tmp_path / "out", {"alpha": "1"}, teacher_cache=str(tmp_path / "held"))
+    folder = tmp_path / "out" / "students" / "alpha=1_seed=0"
+
+    def told():
+        found = sweep(given)
+        assert not found["failed"]
+        from_table = found["points"][0]["mean"]["forward_kl"]
+        alone = EvaluateOptions(student=(str(folder),), teacher_cache=str(tmp_path / "held"))
+        assert from_table == evaluate(alone)["models"][1]["forward_kl"]
+        return from_table
+
+    first = told()
+    (student,) = plan_students(given)
+    train(student.options.model_copy(update={"resume": False, "max_steps": 1}))
+    replace = (folder / "train-student.yaml").read_text().replace("max_steps: 1", "max_steps: 3")
+    (folder / "train-student.yaml").write_text(replace)  # as the sweep asks for it
+    second = told()
+    assert second != first
+    shutil.rmtree(tmp_path / "held")
+    dump(options(tiny_teacher, corpus_file, tmp_path / "held", targets="hidden", split="train[8:12]"))
+    assert told() != second
+    at = (folder / "evaluation.json").stat().st_mtime_ns
+    sweep(given)
+    assert (folder / "evaluation.json").stat().st_mtime_ns == at
+
+
+@pytest.mark.parametrize("name", ["output", "seed", "resume"])
+def test_what_the_sweep_sets_is_not_for_train_to_say(caches, tiny_student, tmp_path, name):
+    """Refused where it was said of the sweep; passed over in the section of a config file, which is train-student's."""
+    given = asked(caches, tiny_student, tmp_path / "s", {"alpha": "1"}, train={name: 0})
+    with pytest.raises(ConfigError, match=f"--train {name}: set once for all, or by the sweep itself") as refused:
+        list(plan_students(given))
+    assert refused.value.hint
+    config = tmp_path / "run.yaml"
+    section = TRAIN | {
+        "student": tiny_student,
+        "cache": str(caches / "cache"),
+        name: {"seed": 7, "resume": False}.get(name, "x"),
+    }
+    grid = {"grid": {"alpha": [1]}, "teacher_cache": str(caches / "held")}
+    config.write_text(json.dumps({"train-student": section, "sweep": grid}))
+    flags = ["sweep", "--config", str(config), "--output", str(tmp_path / "out")]
+    assert CliRunner().invoke(main, flags).exit_code == 0
+    trained = tmp_path / "out" / "students" / "alpha=1_seed=0" / "model.safetensors"
+    at = trained.stat().st_mtime_ns
+    assert CliRunner().invoke(main, flags).exit_code == 0
+    assert trained.stat().st_mtime_ns == at
 
 
 def test_a_student_that_diverged_comes_last(caches, tiny_student, tmp_path):
