@@ -43,7 +43,7 @@ class Costs:
     def words(self) -> str:
         """The formula, with its numbers."""
         return (
-            f"A dump takes {hours(self.dump)} once; distilling live, the teacher reads every token again in every run, {hours(self.teacher_a_run)} a "
+            f"A dump takes {hours(self.dump)} once; distilling live, the teacher reads all that a student reads, in every run anew, {hours(self.teacher_a_run)} a "
             f"run. n runs are cheaper from the cache once n is above {hours(self.dump)} / {hours(self.teacher_a_run)} = "
             f"{self.dump / self.teacher_a_run:.2f}: from run {self.break_even} on. What the student itself takes is the same either way and cancels."
         )

@@ -78,7 +78,7 @@ class DryBudget:
         num_gpus: Of all teachers together.
         wall_seconds: Of the dump.
         costs: Over GPU seconds.
-        epochs: Of a student run.
+        epochs: Passes of a student run over the corpus; of max_steps as if its sequences were full.
         price_per_hour: Of a GPU, or None.
         warnings: What should be known.
         command: The dump.
@@ -139,15 +139,14 @@ def plan_dry(options: PlanOptions) -> DryBudget:
         rate = busy * options.peak_tflops * 1e12 * options.mfu / flops
         rate_source = f"{flops / 1e9:,.1f} GFLOP a token at {options.mfu:.0%} of {busy} x {options.peak_tflops:g} TFLOP/s, not measured"
     num_gpus = options.workers * options.gpus_per_teacher
+    passes = options.passes(-(-options.positions // options.seq_len))
     gpu_seconds = options.positions / rate * options.gpus_per_teacher
     teacher = _teacher(options, shape, dtype)
     student = None if learner is None else _student(options, learner)
     student_seconds = None
     if student is not None:  # forward and backward: three times the forward pass
         flops = 3 * student.shape.forward_flops(options.seq_len)
-        student_seconds = (
-            options.positions * options.num_train_epochs * flops / (options.peak_tflops * 1e12 * options.mfu)
-        )
+        student_seconds = options.positions * passes * flops / (options.peak_tflops * 1e12 * options.mfu)
     return DryBudget(
         teacher=teacher,
         student=student,
@@ -160,8 +159,8 @@ def plan_dry(options: PlanOptions) -> DryBudget:
         rate_source=rate_source,
         num_gpus=num_gpus,
         wall_seconds=options.positions / rate / options.workers,
-        costs=Costs(gpu_seconds, gpu_seconds * options.num_train_epochs, student_seconds),
-        epochs=options.num_train_epochs,
+        costs=Costs(gpu_seconds, gpu_seconds * passes, student_seconds),
+        epochs=passes,
         price_per_hour=options.price_per_hour,
         warnings=_warnings(options, teacher, student)
         + warn_of_temperatures(options, dump_options.target_spec(shape.vocab_size).temperatures)

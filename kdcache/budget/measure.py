@@ -79,7 +79,7 @@ class Budget:
         chosen: Name of the scheme that the other numbers are of.
         schemes: The chosen one and those beside it.
         costs: Of the chosen one.
-        epochs: Of a student run.
+        epochs: Passes of a student run over the corpus.
         price_per_hour: Of a device, or None.
         warnings: What should be known before anything is spent.
         command: The dump that was planned.
@@ -141,7 +141,8 @@ def plan_budget(options: PlanOptions) -> Budget:
         from kdcache.budget.student import measure_student
 
         student_seconds = measure_student(options, draft.spec, pilot.stored)
-    tokens_a_run = corpus.num_positions * options.num_train_epochs
+    passes = options.passes(corpus.num_sequences)
+    tokens_a_run = corpus.num_positions * passes
     costs = Costs(
         dump=chosen.device_seconds,
         teacher_a_run=tokens_a_run * pilot.teacher_seconds * devices,
@@ -166,7 +167,7 @@ def plan_budget(options: PlanOptions) -> Budget:
         chosen=chosen.estimate.name,
         schemes=schemes,
         costs=costs,
-        epochs=options.num_train_epochs,
+        epochs=passes,
         price_per_hour=options.price_per_hour,
         warnings=list(warn(options, dump_options, draft, corpus, schemes, student_parameters)),
         command=command_line(dump_options),

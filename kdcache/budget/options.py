@@ -64,7 +64,11 @@ class PlanOptions(DumpOptions):
     ] = None
     student: Annotated[str | None, Field(description="Student: a few of its steps are measured.")] = None
     num_train_epochs: Annotated[float, Field(gt=0, description="Passes over the cache of one student run.")] = 1.0
-    per_device_train_batch_size: Annotated[int, Field(ge=1, description="Sequences of a student's step.")] = 8
+    max_steps: Annotated[
+        int, Field(description="Optimiser steps of one student run; above 0 they say how many passes it makes.")
+    ] = -1
+    per_device_train_batch_size: Annotated[int, Field(ge=1, description="Sequences of a student's micro-batch.")] = 8
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, description="Micro-batches of an optimiser step.")] = 1
     train_temperatures: Annotated[
         Temperatures | None, Field(description="Temperatures at which students are to train, as 1,2.")
     ] = None
@@ -96,7 +100,9 @@ class PlanOptions(DumpOptions):
             "at once."
         ),
     ] = "layers"
-    gpus_per_student: Annotated[int, Field(ge=1, description="GPUs that share one student (FSDP).")] = 1
+    gpus_per_student: Annotated[
+        int, Field(ge=1, description="GPUs that share one student (FSDP), each with a micro-batch of its own.")
+    ] = 1
     gpu_memory: Annotated[float, Field(gt=0, description="Of one GPU, in GiB.")] = 80.0
     bytes_from: Annotated[
         str | None,
@@ -123,6 +129,18 @@ class PlanOptions(DumpOptions):
         elif self.positions is None:
             raise ValueError("--teacher-config needs --positions, the tokens of the corpus")
         return self
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Of a student's optimiser step, over all of its GPUs."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.gpus_per_student
+
+    def passes(self, num_sequences: int) -> float:
+        """Over the corpus, of one student run: steps win over epochs, as in TrainingArguments. A pass is whole steps."""
+        if self.max_steps <= 0:
+            return self.num_train_epochs
+        whole, rest = divmod(self.max_steps, -(-num_sequences // self.sequences_per_step))
+        return whole + rest * self.sequences_per_step / num_sequences
 
     def dump_options(self, scheme: str | None = None) -> DumpOptions:
         """The dump that is planned, or the same with another scheme.

@@ -19,13 +19,14 @@ from kdcache.train.schedule import parse_schedule
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from kdcache.budget.costs import Costs
     from kdcache.budget.dry import DryBudget, ModelBudget
     from kdcache.budget.measure import Budget
 
 NARROWEST = 120
 GIB = 1 << 30
 RUNS = (1, 2, 4)
+# What of a student run decides how often it reads the corpus.
+LENGTH = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 @click.command("plan")
@@ -39,15 +40,18 @@ def command(config: str | None, as_json: bool, **flags: Any) -> None:
     kdcache plan --teacher-config DIR --student-config DIR --positions 10000000000 --gpus-per-teacher 4
 
     The first runs the teacher over a few hundred sequences, here; the second loads no weights. With --config the section
-    dump-teacher is taken first, then batch, epochs and temperature of the section train-student, then the section plan.
+    dump-teacher is taken first, then batch, epochs or steps and temperature of the section train-student, then the section plan.
     """  # noqa: D301 - click's mark for lines to leave alone
     values = given(flags)
     if config is not None:
         dumped, planned = read_section(config, "dump-teacher"), read_section(config, "plan")
         if values.get("teacher_config") or planned.get("teacher_config"):
             dumped = {name: value for name, value in dumped.items() if name not in ("teacher", "dataset")}
-        base = dumped | trained(config) | planned
-        values = base | {name: value for name, value in values.items() if value is not None}
+        asked = planned | {name: value for name, value in values.items() if value is not None}
+        learned = trained(config)
+        if "num_train_epochs" in asked:
+            learned.pop("max_steps", None)  # which would win over what is asked of the plan
+        values = dumped | learned | asked
     options = resolve_options(PlanOptions, "plan", values, None)
     if options.teacher_config is not None:
         from kdcache.budget.dry import plan_dry
@@ -68,9 +72,9 @@ def trained(config: str) -> dict[str, Any]:
         ConfigError: Its temperature is neither a number nor a schedule.
     """
     section = read_section(config, "train-student")
-    found: dict[str, Any] = {
-        name: section[name] for name in ("per_device_train_batch_size", "num_train_epochs") if name in section
-    }
+    more = section.get("training")  # which wins, as it does in train-student
+    told = section | more if isinstance(more, dict) else section
+    found: dict[str, Any] = {name: told[name] for name in LENGTH if name in told}
     if "temperature" in section:
         try:
             found["train_temperatures"] = parse_schedule(section["temperature"]).values
@@ -136,17 +140,23 @@ def render(budget: Budget, options: PlanOptions) -> list[RenderableType]:
         fact_table(facts),
         grid(columns, rows),
         "KL lost: KL(teacher ‖ stored) in nats, the tail spread evenly. target MSE: noise of drawn targets, which are unbiased.\n",
-        *render_costs(budget.costs, options, dear.wall_seconds, "GPU" if "GPU" in budget.device else "machine"),
+        *render_costs(budget, options, dear.wall_seconds, "GPU" if "GPU" in budget.device else "machine"),
     ]
 
 
-def render_costs(costs: Costs, options: PlanOptions, wall_seconds: float, device: str) -> list[RenderableType]:
-    """The dump, then n runs both ways."""
-    price = options.price_per_hour
+def render_costs(
+    budget: Budget | DryBudget, options: PlanOptions, wall_seconds: float, device: str
+) -> list[RenderableType]:
+    """The dump, how long a run is, then n runs both ways."""
+    costs, price = budget.costs, options.price_per_hour
     money = "" if price is None else f", {costs.dump / 3600 * price:,.2f} at {price:g} an hour"
     out: list[RenderableType] = [
         f"dump: {hours(wall_seconds)} of wall time, {costs.dump / 3600:,.{2 if costs.dump < 360_000 else 0}f} {device}-hours{money}"
     ]
+    steps = (
+        f" ({options.max_steps:,} steps of {options.sequences_per_step:,} sequences)" if options.max_steps > 0 else ""
+    )
+    out.append(f"passes over the corpus in a student run: {budget.epochs:.3g}{steps}")
     what = "teacher and students" if costs.student_a_run is not None else "teacher alone: no student was measured"
     numbers = sorted({*RUNS, costs.break_even, options.num_students})
     rows = [
@@ -176,7 +186,7 @@ def render_dry(budget: DryBudget, options: PlanOptions) -> list[RenderableType]:
         grid(["", "of each GPU", "GiB", ""], memory),
         grid(["scheme", "B/token", "cache"], sizes),
         f"bytes: {budget.bytes_source}; hidden computed\n",
-        *render_costs(budget.costs, options, budget.wall_seconds, "GPU"),
+        *render_costs(budget, options, budget.wall_seconds, "GPU"),
     ]
 
 

@@ -8,7 +8,7 @@ mkdir -p "${1:-topk_reference-output}" && cd "${1:-topk_reference-output}"
 text='train[:15%]'; held_out='train[96%:]'; steps=()
 if [ -n "${SMALL:-}" ]; then text='train[:4%]'; held_out='train[97%:]'; steps=(--max-steps 2); fi
 
-kdcache plan --config "$config" --split "$text" --pilot-sequences 16 --compare top_k:64 --compare top_k:16
+kdcache plan --config "$config" --split "$text" --pilot-sequences 16 --compare top_k:64 --compare top_k:16 "${steps[@]}"
 kdcache dump-teacher --config "$config" --split "$text" --output train-cache
 kdcache dump-teacher --config "$config" --split "$held_out" --output heldout-cache --targets hidden
 kdcache verify train-cache --deep

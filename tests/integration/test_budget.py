@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+from itertools import chain, islice, repeat
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from kdcache.dump.plan import draft_spec
 from kdcache.dump.select import select
 from kdcache.dump.size import count_corpus, spread
 from kdcache.specs import TargetSpec
+from kdcache.train.stream import KDBatchSampler
 from tests.conftest import VOCAB_SIZE, make_llama
 from tests.integration.test_dump import options as dumped
 from tests.integration.test_dump import own_logits
@@ -195,6 +197,25 @@ def test_break_even_is_the_first_number_of_runs_that_is_cheaper(dump_seconds, te
     assert found.break_even == first
 
 
+@pytest.mark.parametrize(("num_sequences", "steps"), [(39, 40), (39, 2), (39, 13), (8, 3), (5, 7), (640, 100)])
+@pytest.mark.parametrize(("batch", "accumulation", "ranks"), [(8, 1, 1), (2, 2, 2), (3, 1, 4)])
+def test_planned_passes_are_those_of_the_sequences_that_training_reads(
+    num_sequences, steps, batch, accumulation, ranks
+):
+    """Against the batches themselves, whose last one of an epoch is not full."""
+    planned = PlanOptions(teacher="t", dataset="d", max_steps=steps, num_train_epochs=3, per_device_train_batch_size=batch,
+                          gradient_accumulation_steps=accumulation, gpus_per_student=ranks)  # fmt: skip
+    read = 0
+    for rank in range(ranks):
+        sampler = KDBatchSampler(
+            num_sequences, batch, accumulation=accumulation, fingerprint="0" * 32, rank=rank, world_size=ranks
+        )
+        batches = islice(chain.from_iterable(repeat(sampler)), steps * accumulation)
+        read += sum(index >= 0 for micro_batch in batches for index in micro_batch)
+    assert planned.passes(num_sequences) == pytest.approx(read / num_sequences)
+    assert planned.model_copy(update={"max_steps": -1}).passes(num_sequences) == 3
+
+
 def test_counted_shards_say_how_far_off_they_may_be(tiny_teacher, corpus_file, monkeypatch):
     draft = draft_spec(asked(tiny_teacher, corpus_file).dump_options())
     everything = count_corpus(draft, sample=False)
@@ -220,6 +241,31 @@ def test_what_should_be_known_is_said(budget, tmp_path, tiny_teacher, corpus_fil
     (message,) = check_disk(str(tmp_path / "not" / "there"), {"top_k:64": 10**6, "systematic:25": 10**5})
     assert "1 MB" in message and "systematic:25 would fit" in message
     assert not check_disk("s3://bucket/cache", {"top_k:64": 10**18})
+
+
+def test_steps_of_the_config_file_say_how_often_the_corpus_is_read(tmp_path, tiny_teacher, corpus_file):
+    """40 steps of 8 sequences over a few more than that: a run is passes, and the teacher beside it reads them all."""
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"dump-teacher: {{teacher: {tiny_teacher}, dataset: {corpus_file}, seq_len: 64, top_k: 8, device: cpu, threads: 1}}\n"
+        "train-student: {max_steps: 40, per_device_train_batch_size: 4, gradient_accumulation_steps: 2}\n"
+        "plan: {pilot_sequences: 8, compare: []}\n"
+    )
+
+    def planned(*more):
+        result = CliRunner().invoke(main, ["plan", "--config", str(config), *more])
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    found = json.loads(planned("--json"))
+    sequences, tokens = found["corpus"]["num_sequences"], found["corpus"]["num_positions"]
+    passes = 40 / -(-sequences // 8)
+    assert found["epochs"] == pytest.approx(passes, rel=0.1) and passes > 2
+    read = found["costs"]["teacher_a_run"] * found["teacher_tokens_per_second"]
+    assert read == pytest.approx(tokens * found["epochs"])
+    assert "in a student run: " in planned() and "(40 steps of 8 sequences)" in planned()
+    assert "in a student run: 3\n" in planned("--num-train-epochs", "3"), "asked of the plan itself"
+    assert "(2 steps of 8 sequences)" in planned("--max-steps", "2")
 
 
 def test_a_student_far_smaller_is_said_to_be(tmp_path, corpus_file, tiny_student):
@@ -300,6 +346,10 @@ def test_a_plan_without_weights_knows_the_student_of_the_config_file(tmp_path, t
     config.write_text("\n".join([*story, "plan:", "  num_train_epochs: 1"]) + "\n")
     assert planned("--targets", "hidden")["epochs"] == 1
     assert not any("T = 4" in line for line in planned("--targets", "hidden")["warnings"])
+    config.write_text("\n".join([*story, "  max_steps: 125"]) + "\n")
+    assert planned()["epochs"] == 125 * 2 / 15_625, "10^6 tokens are so many full sequences"
+    config.write_text("\n".join([*story, "  max_steps: 125", "  training: {max_steps: 250}"]) + "\n")
+    assert planned("--gpus-per-student", 4)["epochs"] == 250 * 8 / 15_625
     config.write_text("\n".join([*story[:-1], "  temperature: warm"]) + "\n")
     assert "train-student: temperature: a number, linear:A:B" in refused(*arguments[1:])
 
