@@ -154,7 +154,7 @@ class GenerationSpec(Record):
         num_answers: To each prompt.
         chat: Whether a prompt of plain text is what a user says, put through the chat template.
         system: What the system says before it, or None.
-        min_tokens: Shorter answers are dropped.
+        min_tokens: Answers of fewer tokens, their end not counted, are dropped.
         max_repetition: Answers of whose 4-grams a larger share has been there before are dropped.
         keep_unfinished: Whether answers that were cut off are kept.
         keep_duplicates: Whether an answer is kept that the same shard holds already, to the same prompt.

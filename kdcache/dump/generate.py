@@ -95,7 +95,7 @@ def keep_answers(answers: Iterable[Answer], spec: GenerationSpec, dropped: Count
     for answer in answers:
         ids = answer.sequence.input_ids
         said = ids[answer.sequence.loss_mask].tolist()
-        if len(said) < spec.min_tokens:
+        if len(said) - answer.finished < spec.min_tokens:  # the token that finished it says nothing
             dropped["num_answers_short"] += 1
         elif not (answer.finished or spec.keep_unfinished):
             dropped["num_answers_unfinished"] += 1

@@ -202,7 +202,9 @@ class GenerateOptions(DumpOptions):
         bool, Field(description="A prompt of plain text is what a user says: put it through the chat template.")
     ] = False
     system: Annotated[str | None, Field(description="What the system says before every chat.")] = None
-    min_tokens: Annotated[int, Field(ge=0, description="Drop shorter answers.")] = 1
+    min_tokens: Annotated[
+        int, Field(ge=0, description="Drop answers of fewer tokens, their end not counted; 0 keeps empty ones.")
+    ] = 1
     max_repetition: Annotated[
         float, Field(ge=0, le=1, description="Drop answers of whose 4-grams a larger share has been there before.")
     ] = 1.0

@@ -1,6 +1,7 @@
 """A teacher that writes: its answers are transformers' own, and what is kept of them is what it said."""
 
 import json
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -193,6 +194,50 @@ def test_answers_are_dropped_for_their_first_reason():
         "num_answers_repetitive": 1,
         "num_answers_duplicate": 1,
     }
+
+
+def test_an_answer_of_its_end_alone_is_empty():
+    """By default; that of one token more is not, nor is one token that was cut off before its end."""
+    end = 2
+    empty, short, cut = (
+        Answer(
+            TokenSequence(np.array([1, *said], np.uint32), np.arange(1 + len(said)) > 0, np.zeros(1, np.uint32)),
+            None,
+            finished,
+        )
+        for said, finished in (([end], True), ([3, end], True), ([3], False))
+    )
+    for min_tokens, kept in ((0, [empty, short, cut]), (1, [short, cut]), (2, [])):
+        dropped = Counter()
+        spec = asked("t", "d", "o", min_tokens=min_tokens).generation
+        assert list(keep_answers([empty, short, cut], spec, dropped)) == kept
+        assert dropped["num_answers_short"] == 3 - len(kept)
+    assert asked("t", "d", "o").generation.min_tokens == 1
+
+
+def test_empty_answers_are_dropped_and_the_others_stay(tmp_path, tiny_teacher, prompts_file):
+    """A teacher that ends at once where it would have begun with a certain token; taken up again, the same bytes."""
+    greedy = {"sample_temperature": 0.0, "keep_duplicates": True}
+    dump(asked(tiny_teacher, prompts_file, tmp_path / "whole", **greedy))
+    answers = [row.sequence.input_ids[row.sequence.loss_mask].tolist() for row in open_cache(tmp_path / "whole")]
+    end, _ = Counter(said[0] for said in answers).most_common()[-1]
+    num_empty = sum(said[0] == end for said in answers)
+    assert 0 < num_empty < len(answers)
+    shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    (tmp_path / "teacher" / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    given = asked(str(tmp_path / "teacher"), prompts_file, tmp_path / "c", **greedy)
+    dump(given)
+    found = open_cache(tmp_path / "c")
+    assert found.manifest.stats.num_answers_short == num_empty
+    kept = [row.sequence.input_ids[row.sequence.loss_mask].tolist() for row in found]
+    assert kept == [[*said[: said.index(end)], end] if end in said else said for said in answers if said[0] != end]
+    before = contents(tmp_path / "c")
+    (tmp_path / "c" / commit_name(1)).unlink()
+    (tmp_path / "c" / "manifest.json").unlink()
+    dump(given)
+    assert_same(tmp_path / "c", before)
+    dump(asked(str(tmp_path / "teacher"), prompts_file, tmp_path / "all", min_tokens=0, **greedy))
+    assert open_cache(tmp_path / "all").manifest.stats.num_sequences == len(answers)
 
 
 def test_repetition_is_a_share_of_4_grams():

@@ -36,7 +36,7 @@ class Answer:
     Attributes:
         sequence: Prompt and answer; the answer is to be learned.
         targets: Of every token of the answer.
-        finished: Whether it ended by itself.
+        finished: Whether it ended by itself: its last token, and no other, is one that ends an answer.
     """
 
     sequence: TokenSequence
