@@ -25,7 +25,8 @@ def command(config: str | None, **flags: Any) -> None:
     """A teacher answers prompts: the text becomes a dataset, and what the teacher said of every token of its answers a cache, in one pass.
 
     Run the same command again after a crash, on any number of workers: it goes on, and ends in the same bytes. Train on the cache
-    with train-student: --loss ce on the text alone, any other loss on the targets too.
+    with train-student: --loss ce on the text alone, any other loss on the targets too. Of transformers' sampling there are temperature, top-p,
+    top-k and repetition penalty. There are no beams: targets are kept of every step of one answer.
 
     Dropped and counted are empty answers, the same answer to the same prompt where it is in the same shard (workers do not see each
     other's), and what --min-tokens, --max-repetition and --no-keep-unfinished ask for.
