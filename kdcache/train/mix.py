@@ -3,18 +3,25 @@
 **What is mixed.** Caches over different texts, grouped by who wrote them (``real``, ``teacher``, ``student``) or named by their path. A
 token counts where it has a target: shares are of what the student learns from, not of prompts and padding.
 
-**The order.** Each group goes through its sequences in its own permutation, then in another one, and so on, as if alone. The sequence
-that comes next is the one whose group is furthest behind its share (weighted fair queueing, by the tokens before it divided by the
-share). So wherever the order is cut, no group is further from its share than one sequence; nothing is drawn at random, and the order
-depends on caches, shares and seed alone.
+**The order.** Each group goes through its sequences in its own permutation, then in another one, and so on, as if alone. A sequence may
+come once its group is not ahead of its share: ``tokens of the group before it / share <= tokens of all``. Of those that may, the one comes
+that has to be through first, by ``tokens of the group with it / share`` (worst-case fair weighted fair queueing, Bennett and Zhang 1996,
+10.1109/INFCOM.1996.497885); of equals the group that is named first. Nothing is drawn at random, and the order depends on caches, shares
+and seed alone.
 
-**An epoch** is as long as the first of the groups lasts. The next epoch goes on where it ended: what a long group had left comes next.
+**The bound.** Wherever the order is cut, and however many groups there are, the tokens of each group are no further from its share of all
+tokens so far than the longest sequence has: with L tokens in the longest of all and l in the longest of the group, it is ahead by at most
+``(1 - share) l`` and behind by at most ``share L + (1 - share) l``, which is at most L.
+
+**An epoch** ends where a group would begin again: it is as long as the first of them lasts. The next epoch goes on where it ended: what a
+long group had left comes next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 import numpy.typing as npt
@@ -68,33 +75,49 @@ class Mix:
 
     @property
     def epoch_length(self) -> int:
-        """Sequences until the first group is through."""
-        first_end = min(int(group.num_targets.sum()) / group.share for group in self.groups)
-        return sum(int((_begins(group, 1)[1] < first_end).sum()) for group in self.groups)
+        """Sequences until a group would begin again."""
+        left, turns, length = [len(group.indices) for group in self.groups], self._turns(), 0
+        while left[number := next(turns)]:
+            left[number] -= 1
+            length += 1
+        return length
 
     def order(self, epoch: int) -> IntArray:
         """``[epoch_length]``, the sequences of an epoch."""
         length = self.epoch_length
-        first, stop = epoch * length, (epoch + 1) * length
-        passes = [1] * len(self.groups)
+        turns = np.fromiter(self._turns(), np.int64, (epoch + 1) * length)
+        order = np.empty_like(turns)
+        for number, group in enumerate(self.groups):
+            own = np.flatnonzero(turns == number)
+            passes = range(-(-len(own) // len(group.indices)))
+            order[own] = np.concatenate([group.indices[:0], *(group.indices[group.permutation(n)] for n in passes)])[
+                : len(own)
+            ]
+        return order[epoch * length :]
+
+    def _turns(self) -> Iterator[int]:
+        """The number of the group whose sequence comes next, without end."""
+        sizes = [_sizes(group) for group in self.groups]
+        # Of each group's next sequence: from when on it may come and when it has to be through, in tokens of all.
+        tokens = [next(one) for one in sizes]
+        begins = [0.0] * len(tokens)
+        ends = [size / group.share for size, group in zip(tokens, self.groups, strict=True)]
+        own, total = [0] * len(tokens), 0
         while True:
-            lists = [_begins(group, number) for group, number in zip(self.groups, passes, strict=True)]
-            # From the end of the first list on the others would come without it.
-            ends = [number * int(g.num_targets.sum()) / g.share for g, number in zip(self.groups, passes, strict=True)]
-            listed = np.concatenate([times for _, times in lists])
-            if int((listed < min(ends)).sum()) >= stop:
-                break
-            passes[int(np.argmin(ends))] *= 2
-        by_time = np.argsort(listed, kind="stable")[first:stop]
-        order: IntArray = np.concatenate([indices for indices, _ in lists])[by_time]
-        return order
+            now = max(total, min(begins))  # some group is not ahead, but for rounding
+            turn = min((end, number) for number, end in enumerate(ends) if begins[number] <= now)[1]
+            yield turn
+            total += tokens[turn]
+            own[turn] += tokens[turn]
+            tokens[turn] = next(sizes[turn])
+            begins[turn] = own[turn] / self.groups[turn].share
+            ends[turn] = (own[turn] + tokens[turn]) / self.groups[turn].share
 
 
-def _begins(group: Group, num_passes: int) -> tuple[IntArray, npt.NDArray[np.float64]]:
-    """Sequences of so many passes in their order, and when each is due: the tokens before it, divided by the share."""
-    order = np.concatenate([group.permutation(number) for number in range(num_passes)])
-    tokens = group.num_targets[order]
-    return group.indices[order], (np.cumsum(tokens) - tokens) / group.share
+def _sizes(group: Group) -> Iterator[int]:
+    """Tokens of its sequences in their order, pass after pass."""
+    for number in count():
+        yield from group.num_targets[group.permutation(number)].tolist()
 
 
 def group_caches(mix: Mapping[str, float], caches: Sequence[CacheReader]) -> dict[str, list[int]]:
