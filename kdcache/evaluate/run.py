@@ -46,8 +46,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
 
     Returns:
         ``models`` (a dict each, teacher first), ``teacher_cache``, ``summary`` (see :func:`summarise`), ``phases`` (seconds, and bytes a
-        token, where known), ``versions``; ``generations`` and ``tasks`` where they were asked for, and ``strip`` with a report. The
-        report is made of this alone.
+        token, where known), ``versions``; ``generations`` and ``tasks`` where they were asked for, and ``strip`` with a report: of the
+        first model that has not diverged, whose ``role`` it names. The report is made of this alone.
 
     Raises:
         KDCacheError: No such cache or model, they do not belong together, or an option does not fit. Said before anything is
@@ -81,7 +81,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
             if options.report is not None:
                 metrics.extra |= {"curves": read_curves(Path(name) / CURVES)}
                 if strip is None and not math.isnan(metrics.cross_entropy):
-                    strip = token_strip(loaded, typical_document(metrics))
+                    strip = {"role": role, **token_strip(loaded, typical_document(metrics))}
             if prompts is not None and role not in answers:
                 answers[role] = answer_prompts(loaded.model, loaded.tokenizer, prompts, name)
             if tasks is not None:

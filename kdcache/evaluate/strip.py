@@ -70,7 +70,7 @@ def token_strip(loaded: LoadedModel, document: int) -> dict[str, Any]:
     Returns:
         ``before`` (text of the tokens that have no label before the first that does), ``tokens``: a dict each of ``text``,
         ``shown`` (the same, or the token's name where it is only a part of a character), ``forward_kl`` (nats), ``teacher`` and
-        ``student`` (first choices, as ``[text, probability]``), and ``probability``, the student's of the token.
+        ``student`` (first choices of the model, whatever its role, as ``[text, probability]``), and ``probability``, the model's of the token.
     """
     states, tokenizer = loaded.states, loaded.tokenizer
     for index in range(len(states.reader)):

@@ -13,7 +13,6 @@ from kdcache.evaluate.plots import escape
 Found = dict[str, Any]
 STRIP_LEVELS = (0.25, 1.0, 2.0, 4.0)
 NUM_WORST = 8
-STRIP_HEAD = ("after … the text has", "KL, nats", "teacher's first choice", "student's first choice")
 
 
 def _visible(text: str) -> str:
@@ -30,21 +29,22 @@ def token_section(found: Found) -> Iterator[str]:
     if "strip" not in found:
         return
     strip = found["strip"]
+    who = NAMES[strip["role"]]  # the baseline, where the student diverged
     yield "<h2>Token by token</h2>"
     yield paragraph(
-        "A held-out text of middling difficulty. The stronger a token's colour, the farther the student's distribution over it is "
+        f"A held-out text of middling difficulty. The stronger a token's colour, the farther the {who}'s distribution over it is "
         "from the teacher's; touch or point at a token for what both would have said.", soft=True,
     )  # fmt: skip
     edges = [0.0, *STRIP_LEVELS]
     names = [f"{a:g} to {b:g}" for a, b in pairwise(edges)] + [f"{edges[-1]:g} and more"]
     keys = "".join(f'<span class="h{i}">{name}</span>' for i, name in enumerate(names))
-    yield f'<p class="soft key">KL(teacher‖student), nats: {keys}</p>'
+    yield f'<p class="soft key">KL(teacher‖{who}), nats: {keys}</p>'
     spans = [f"<span>{escape(strip['before'])}</span>"]
     for token in strip["tokens"]:
         level = sum(token["forward_kl"] >= edge for edge in STRIP_LEVELS)
         said = (
-            f"“{_visible(token['shown'])}”  KL {token['forward_kl']:.2f} nats, student gave it {token['probability']:.1%}\n"
-            f"teacher  {_choices(token['teacher'])}\nstudent  {_choices(token['student'])}"
+            f"“{_visible(token['shown'])}”  KL {token['forward_kl']:.2f} nats, {who} gave it {token['probability']:.1%}\n"
+            f"teacher  {_choices(token['teacher'])}\n{who}  {_choices(token['student'])}"
         )
         text = re.sub(r"\n+", lambda run: "⏎" * len(run[0]) + "\n", token["text"])
         spans.append(f'<span class="h{level}" tabindex="-1" data-said="{escape(said)}">{escape(text)}</span>')
@@ -52,15 +52,14 @@ def token_section(found: Found) -> Iterator[str]:
     texts = [strip["before"], *(token["text"] for token in strip["tokens"])]
     befores = list(accumulate(texts))
     order = sorted(range(len(strip["tokens"])), key=lambda i: -strip["tokens"][i]["forward_kl"])
+    head = ("after … the text has", "KL, nats", "teacher's first choice", f"{who}'s first choice")
     yield table(
         "Where they differ most",
-        STRIP_HEAD,
+        head,
         [_strip_row(strip, befores, i) for i in order[:NUM_WORST]],
         text_columns=[0, 2, 3],
     )
-    every = table(
-        "In order", STRIP_HEAD, [_strip_row(strip, befores, i) for i in sorted(order)], text_columns=[0, 2, 3]
-    )
+    every = table("In order", head, [_strip_row(strip, befores, i) for i in sorted(order)], text_columns=[0, 2, 3])
     yield f"<details><summary>every token as a table</summary>{every}</details>"
 
 

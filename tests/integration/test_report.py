@@ -121,6 +121,7 @@ def test_answers_tokens_and_curves(found):
     assert said["prompts"][0]["rouge_l"]["teacher"].keys() == {"reference"}
     assert said["prompts"][0]["rouge_l"]["student"].keys() == {"reference", "teacher"}
     tokens = found["strip"]["tokens"]
+    assert found["strip"]["role"] == "student"
     assert all(t["forward_kl"] >= -1e-5 and len(t["teacher"]) == len(t["student"]) == 3 for t in tokens)
     student = found["models"][1]
     assert [step for step, _ in student["curves"]["loss"]] == [2, 4, 6]
@@ -140,6 +141,8 @@ def test_entries_and_tail_are_said_to_be_a_bound(root, found, tmp_path):
     some = json.loads(cli(*arguments, "--json").stdout)
     text = table(some)
     assert "KL is a lower bound" in text and "--targets hidden" in text and "KL(teacher‖·) ≥" in text
+    assert "full vocabulary" not in text and "KL in nats a token, over kept entries and one tail" in text
+    assert "full vocabulary" in table(found)
     assert "KL is a lower bound" in (tmp_path / "r.html").read_text()
     teacher, student = some["models"]
     exact_teacher, exact = found["models"][:2]
@@ -186,10 +189,14 @@ def test_a_student_that_gives_nan_has_diverged(root, tmp_path, cache, everywhere
     text = report.read_text()
     assert "The student diverged" in text and "100.0%" in text and not re.search(r"[>^ ]nan[%<]", text)
     assert render(alone) == text
+    read = html.unescape(text)
+    assert alone["strip"]["role"] == "baseline" and "baseline's first choice" in read
+    assert not re.search(r"student's (first choice|distribution over it)|teacher‖student|student gave it", read)
     seeds = json.loads(cli(*arguments, "--student", root / "kd", "--student", nan, "--report", report, "--json").stdout)
     assert np.isnan(seeds["summary"]["spread"]["student"]["mean"]["forward_kl"])
     assert "student, mean of 2  diverged" in re.sub(" {2,}", "  ", table(seeds))
     assert "The student 2 diverged" in report.read_text() and seeds["strip"]["tokens"]
+    assert seeds["strip"]["role"] == "student" and "student's first choice" in html.unescape(report.read_text())
 
 
 def test_what_another_program_left_in_a_folder_is_no_record(root, tmp_path):
