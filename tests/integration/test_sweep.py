@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import xml.etree.ElementTree as ET
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from kdcache.dump.launch import dump
 from kdcache.errors import CacheMismatchError, ConfigError
 from kdcache.evaluate.options import EvaluateOptions
 from kdcache.evaluate.run import evaluate
-from kdcache.sweep.grid import SweepOptions, plan_students
+from kdcache.sweep.grid import SweepOptions, plan_students, spelled
 from kdcache.sweep.run import cost, measured_of, sweep
 from kdcache.sweep.shown import plot, table
 from kdcache.train.run import train
@@ -94,6 +95,23 @@ def test_schemes_are_compared_over_caches_and_what_they_are_cut_down_to(
     given.grid["top_k"] = [4]
     with pytest.raises(ConfigError, match="were drawn"):
         list(plan_students(given))
+
+
+def test_losses_temperatures_and_learning_rates_are_compared(caches, tiny_student, tmp_path):
+    """Every combination is trained as asked, one step each, and has its row."""
+    grid = {"loss": "forward_kl,jsd", "temperature": "1,2", "learning_rate": "1e-3,1e-2"}
+    train = {"max_steps": 1, "eval_cache": str(caches / "held")}
+    given = asked(caches, tiny_student, tmp_path / "out", grid, metric="cross_entropy", train=train)
+    del given.train["learning_rate"]
+    found = sweep(given)
+    wanted = sorted(product(["forward_kl", "jsd"], [1, 2], [0.001, 0.01]))
+    assert not found["failed"] and sorted(tuple(one["point"].values()) for one in found["points"]) == wanted
+    assert len({one["mean"]["cross_entropy"] for one in found["points"]}) == 8, "each is a student of its own"
+    for student in plan_students(given):
+        objective = json.loads((student.folder / "train_results.json").read_text())["objective"]
+        assert (objective["loss"], objective["temperature"]) == (student.point["loss"], student.point["temperature"])
+    rows = [tuple(line.split()[:3]) for line in table(found).splitlines()[2:10]]
+    assert sorted(rows) == sorted(tuple(map(spelled, values)) for values in wanted)
 
 
 def test_namesakes_are_told_apart_and_what_they_cost_is_that_of_their_dumps(caches, tiny_student, tmp_path):
