@@ -9,6 +9,7 @@ time; a lease that is lost, stale or stolen can cost time and never correctness.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import lru_cache
 
@@ -58,6 +59,8 @@ from kdcache.errors import (
 )
 
 logger = logging.getLogger(__name__)
+
+COMMITS_AT_ONCE = 256
 
 
 def check_no_cache(folder: str) -> None:
@@ -165,6 +168,11 @@ def check_same_plan(store: Store, standing: Plan, asked: Plan) -> None:
 
 def read_commits(store: Store) -> list[Commit]:
     """All commits of a cache, by shard number."""
+    return list(each_commit(store))
+
+
+def each_commit(store: Store) -> Iterator[Commit]:
+    """The same, a few hundred held at a time."""
     names = store.names_in(COMMITS)
     for name in names:
         if (shard := parse_misspelt(name)) is not None:
@@ -173,8 +181,10 @@ def read_commits(store: Store) -> list[Commit]:
                 hint=f"kdcache verify {store} --repair",
             )
     shards = sorted(shard for name in names if (shard := parse_number(name)) is not None)
-    files = store.read_all([commit_name(shard) for shard in shards])
-    return [parse_commit(store, shard, data) for shard, data in zip(shards, files, strict=True)]
+    for first in range(0, len(shards), COMMITS_AT_ONCE):
+        some = shards[first : first + COMMITS_AT_ONCE]
+        files = store.read_all([commit_name(shard) for shard in some])
+        yield from (parse_commit(store, shard, data) for shard, data in zip(some, files, strict=True))
 
 
 def read_commit(store: Store, shard: int) -> Commit:
@@ -289,7 +299,7 @@ def current_manifest(store: Store) -> Manifest:
                 f"{store}: plan {plan.fingerprint} and manifest {manifest.fingerprint} belong to two caches"
             )
         return manifest
-    return derive_manifest(plan, read_commits(store))
+    return derive_manifest(plan, each_commit(store))
 
 
 def seal(store: Store) -> Manifest:
@@ -297,7 +307,7 @@ def seal(store: Store) -> Manifest:
 
     Any number of workers may seal at once: they write the same bytes.
     """
-    manifest = derive_manifest(read_plan(store), read_commits(store))
+    manifest = derive_manifest(read_plan(store), each_commit(store))
     if not manifest.sealed:
         return manifest
     named = {shard_name(s, d) for s, d in zip(manifest.shards.shard, manifest.shards.digest, strict=True)}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -214,38 +214,46 @@ class Manifest(Record):
         return self
 
 
-def derive_manifest(plan: Plan, commits: list[Commit]) -> Manifest:
-    """Reduce commits, in any order, to the manifest of what they amount to.
+def derive_manifest(plan: Plan, commits: Iterable[Commit]) -> Manifest:
+    """Reduce commits to the manifest of what they amount to.
+
+    Args:
+        plan: Of the cache.
+        commits: A list in any order; anything else in that of the shards, so that they need not be held together.
 
     Raises:
         CacheMismatchError: A commit belongs to another plan, or two claim one shard.
     """
-    ordered = sorted(commits, key=lambda commit: commit.shard)
-    for commit in ordered:
+    rows: list[tuple[int, str, int, int]] = []
+    heads: set[str | None] = set()
+    totals: dict[str, float] = dict.fromkeys(ShardStats.model_fields, 0)
+    for commit in sorted(commits, key=lambda commit: commit.shard) if isinstance(commits, list) else commits:
         if commit.plan != plan.fingerprint:
             raise CacheMismatchError(
                 f"commit of shard {commit.shard:05d} belongs to plan {commit.plan}, this cache has {plan.fingerprint}"
             )
-    numbers = [commit.shard for commit in ordered]
-    if len(set(numbers)) < len(numbers) or any(number >= plan.spec.num_shards for number in numbers):
+        rows.append((commit.shard, commit.digest, commit.num_bytes, commit.stats.num_sequences))
+        heads.add(commit.head_digest)
+        for name in totals:
+            totals[name] += getattr(commit.stats, name)
+    numbers = [number for number, *_ in rows]
+    if any(a >= b for a, b in pairwise([*numbers, plan.spec.num_shards])):
         raise CacheMismatchError(f"commits name shards {numbers}, the plan has {plan.spec.num_shards}")
-    heads = {commit.head_digest for commit in ordered}
     if len(heads) > 1:
         raise CacheMismatchError(f"commits name different output heads: {sorted(map(str, heads))}")
-    totals = {name: sum(getattr(commit.stats, name) for commit in ordered) for name in ShardStats.model_fields}
     try:
         return Manifest(
             spec=plan.spec,
             fingerprint=plan.fingerprint,
             head_digest=heads.pop() if heads else None,
-            sealed=len(ordered) == plan.spec.num_shards,
-            num_bytes=sum(commit.num_bytes for commit in ordered),
-            stats=ShardStats(**totals),
+            sealed=len(rows) == plan.spec.num_shards,
+            num_bytes=sum(num_bytes for _, _, num_bytes, _ in rows),
+            stats=ShardStats.model_validate(totals),
             shards=ShardTable(
                 shard=numbers,
-                digest=[commit.digest for commit in ordered],
-                num_bytes=[commit.num_bytes for commit in ordered],
-                num_sequences=[commit.stats.num_sequences for commit in ordered],
+                digest=[digest for _, digest, _, _ in rows],
+                num_bytes=[num_bytes for _, _, num_bytes, _ in rows],
+                num_sequences=[num_sequences for _, _, _, num_sequences in rows],
             ),
         )
     except ValidationError as error:
