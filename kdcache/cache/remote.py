@@ -96,7 +96,7 @@ class RemoteStore:
             CacheCorruptError: It is larger than ``max_bytes``, or than a file of its kind.
             StoreError: It cannot be read.
         """
-        if not name.startswith(f"{TABLES}/"):
+        if max_bytes is None and not name.startswith(f"{TABLES}/"):
             return self.read_all([name])[0]
         with self._found(name), enough_memory(f"{self}/{name}"):
             limit = max_bytes or MAX_FILE_BYTES[TABLES]

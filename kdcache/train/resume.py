@@ -147,6 +147,26 @@ def check_same_contents(output: Path, contents: Mapping[str, Mapping[str, Mappin
         )
 
 
+def check_same_on_all_ranks(contents: Contents) -> None:
+    """Refuse caches that grew while the ranks opened them: each would deal out other sequences, and they would wait for each other for good.
+
+    Raises:
+        CacheMismatchError: On every rank.
+    """
+    from accelerate.utils import gather_object
+
+    seen = gather_object([contents])
+    for rank, other in enumerate(seen):
+        for option, paths in other.items():
+            for path, now in paths.items():
+                if now != (first := seen[0][option][path]):
+                    raise CacheMismatchError(
+                        f"--{option.replace('_', '-')} {path}: rank 0 found {first['num_sequences']} sequences, rank {rank} "
+                        f"{now['num_sequences']}: the cache is being written",
+                        hint="the same command again, or wait until the dump is done",
+                    )
+
+
 def check_no_others(output: Path) -> None:
     """Refuse to write checkpoints beside a folder that is none and is named as if it were.
 

@@ -28,6 +28,7 @@ from kdcache.train.resume import (
     begin_anew,
     check_no_others,
     check_same_contents,
+    check_same_on_all_ranks,
     check_same_run,
     contents_of,
     last_checkpoint,
@@ -205,6 +206,7 @@ def train_stage(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressLine(trainer))
     trainer.accelerator.wait_for_everyone()  # all ranks have looked at what the folder held
+    check_same_on_all_ranks(contents)
     if trainer.is_world_process_zero():
         if not options.resume:  # else a later run that is told to resume would take up the one before
             begin_anew([output, *later])

@@ -1,5 +1,6 @@
 """Phase 2 as a whole: offline equals online (P2), controls (P3), resume, normalisation over ranks and accumulation."""
 
+import copy
 import json
 import os
 import shutil
@@ -428,6 +429,20 @@ def test_checkpoints_that_nobody_asked_for_go_when_there_is_no_more_to_do(
     monkeypatch.undo()
     run(top_cache, tiny_student, tmp_path / "epoch", max_steps=-1, num_train_epochs=1, training=by_epoch)
     assert last_checkpoint(tmp_path / "epoch") is not None
+
+
+def test_ranks_that_found_a_growing_cache_at_different_times(tmp_path, top_cache, tiny_student, monkeypatch):
+    def gather_object(mine):
+        (contents,) = mine
+        later = copy.deepcopy(contents)
+        later["cache"][str(top_cache)] |= {"num_sequences": 1_000, "content_digest": "another"}
+        return [contents, contents, later]
+
+    monkeypatch.setattr("accelerate.utils.gather_object", gather_object)
+    with pytest.raises(
+        CacheMismatchError, match=r"rank 0 found \d+ sequences, rank 2 1000: the cache is being written"
+    ):
+        run(top_cache, tiny_student, tmp_path / "out", max_steps=2)
 
 
 def test_a_folder_that_looks_like_a_checkpoint_is_not_put_at_risk(tmp_path, top_cache, tiny_student):

@@ -528,11 +528,12 @@ def test_of_many_files_the_one_that_is_missing_is_named(store):
         store.read_all([f"commits/{number:05d}.json" for number in range(4)])
 
 
-def test_tables_are_read_no_further_than_asked(store):
-    store.replace("tables/a.safetensors", bytes(1000))
-    assert len(store.read("tables/a.safetensors", 1000)) == 1000
-    with pytest.raises(CacheCorruptError, match="at most 999 bytes were expected, found 1000"):
-        store.read("tables/a.safetensors", 999)
+def test_a_file_is_read_no_further_than_asked(store):
+    for name in ("tables/a.safetensors", "shards/a.arrow"):
+        store.replace(name, bytes(1000))
+        assert len(store.read(name, 1000)) == 1000
+        with pytest.raises(CacheCorruptError, match="at most 999 bytes were expected, found 1000"):
+            store.read(name, 999)
 
 
 @pytest.mark.parametrize("dies_at", ["write_text", "replace"])
