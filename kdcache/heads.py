@@ -99,7 +99,7 @@ class OutputHead:
                 f"output head: float32, bfloat16 or float16 tensors were expected, found {error}"
             ) from error
         weight = tensors.get("weight")
-        rows = weight.shape[0] if weight is not None and weight.ndim == 2 and weight.is_floating_point() else None
+        rows = weight.shape[0] if weight is not None and weight.ndim == 2 else None
         expected = {"weight": None, "bias": (rows,), "scale": (1,), "softcap": (1,)}
         fits = all(
             shape is None or name not in tensors or tensors[name].shape == shape for name, shape in expected.items()
@@ -110,10 +110,11 @@ class OutputHead:
             or "scale" not in tensors
             or not fits
             or not tensors.keys() <= expected.keys()
+            or not all(tensor.is_floating_point() for tensor in tensors.values())
         ):
-            found = {name: tuple(tensor.shape) for name, tensor in sorted(tensors.items())}
+            found = {name: (str(x.dtype).removeprefix("torch."), *x.shape) for name, x in sorted(tensors.items())}
             raise CacheCorruptError(
-                f"output head: weight [V, D], scale, perhaps bias [V] and softcap were expected, found {found}"
+                f"output head: weight [V, D], scale, perhaps bias [V] and softcap, of floats, were expected, found {found}"
             )
         if shape is not None and weight.shape != shape:
             raise CacheCorruptError(f"output head: weight {shape} was expected, found {tuple(weight.shape)}")

@@ -153,6 +153,9 @@ def test_a_head_of_another_shape_is_refused():
         {"weight": torch.ones(4, 2), "scale": torch.ones(1), "bias": torch.ones(5)},
         {"weight": torch.ones(4, 2), "scale": torch.ones(1), "softcap": torch.ones(2)},
         {"weight": torch.ones(4, 2), "scale": torch.ones(1), "other": torch.ones(1)},
+        {"weight": torch.ones(4, 2), "scale": torch.ones(1) * 1j},
+        {"weight": torch.ones(4, 2), "scale": torch.ones(1, dtype=torch.int64)},
+        {"weight": torch.ones(4, 2), "scale": torch.ones(1), "bias": torch.ones(4) * 1j},
     ],
 )
 def test_a_file_that_holds_no_head_is_refused(tensors):
