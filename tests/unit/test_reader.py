@@ -133,7 +133,12 @@ def test_a_shard_is_hashed_once_a_process(finished, monkeypatch):
     monkeypatch.setattr(reader_module, "MAX_OPEN_SHARDS", 1)
     asked = []
     real = LocalStore.map
-    monkeypatch.setattr(LocalStore, "map", lambda *a: (asked.append((a[1][7:12], a[3] is not None)), real(*a))[1])
+
+    def watched(self, name, num_bytes, digest=None, **options):
+        asked.append((name[7:12], digest is not None))
+        return real(self, name, num_bytes, digest, **options)
+
+    monkeypatch.setattr(LocalStore, "map", watched)
     reader = open_cache(finished.root)
     for index in (0, 9, 1, 9):
         assert_row(reader[index], index)
