@@ -27,8 +27,8 @@ from pathlib import Path
 
 import xxhash
 
+from kdcache.cache.layout import ABANDONED_SECONDS
 from kdcache.cache.mapped import map_file
-from kdcache.cache.store import ABANDONED_SECONDS
 from kdcache.errors import CacheCorruptError, CacheError, ConfigError, StoreUnavailableError
 
 logger = logging.getLogger(__name__)

@@ -7,6 +7,8 @@ import re
 PLAN, MANIFEST = "plan.json", "manifest.json"
 COMMITS, SHARDS, LEASES, TABLES, RUNS = "commits", "shards", "leases", "tables", "runs"
 TEMPORARY = "tmp"
+# A file in there, or a part of a copy, that is so old is nobody's any more, whatever host wrote it.
+ABANDONED_SECONDS = 86_400.0
 _NUMBERED = re.compile(r"(\d{5,10})\.json")
 _SHARD_NAME = re.compile(r"(\d{5,10})-[0-9a-f]{32}\.arrow")
 _TABLE_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")

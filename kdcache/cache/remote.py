@@ -32,9 +32,8 @@ import fsspec
 import xxhash
 
 from kdcache.cache.copies import LocalCopies
-from kdcache.cache.layout import TABLES, TEMPORARY
+from kdcache.cache.layout import ABANDONED_SECONDS, TABLES, TEMPORARY
 from kdcache.cache.limits import MAX_FILE_BYTES, enough_memory, max_file_bytes
-from kdcache.cache.store import ABANDONED_SECONDS
 from kdcache.errors import CacheCorruptError, CacheNotFoundError, ConfigError, StoreError, StoreUnavailableError
 
 logger = logging.getLogger(__name__)

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Protocol
 
 from kdcache.cache.files import open_file
-from kdcache.cache.layout import TEMPORARY
+from kdcache.cache.layout import ABANDONED_SECONDS, TEMPORARY
 from kdcache.cache.limits import enough_memory, max_file_bytes
 from kdcache.cache.mapped import map_file
 from kdcache.errors import (
@@ -39,8 +39,6 @@ from kdcache.errors import (
     StoreUnavailableError,
 )
 
-# A temporary file of another host so old is nobody's any more.
-ABANDONED_SECONDS = 86_400.0
 # What stands at the name is no file, or nothing does: that is an answer.
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 _TEMPORARY_NAME = re.compile(r"(?P<host>[A-Za-z0-9_.-]+)~(?P<pid>\d+)~[0-9a-f]{32}")
