@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import sys
 import tempfile
@@ -53,7 +54,8 @@ class Variant:
         options: Of ``train-student``; ``{}`` in a path stands for the folder of caches.
         then: Of a second stage, which makes half of the steps.
         rounds: Runs of training, one after the other, which share the targets; 0 for one, in one go.
-        every: The student writes, and the teacher scores, before each so manieth of them; 0 for never.
+        every: The student writes, and the teacher scores, before each so manieth of them, as much as is trained on until the next time: each
+            prompt is answered once by the end, however often it writes; 0 for never.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -138,13 +140,16 @@ def _command(words: list[str]) -> None:
 
 
 def make_prompts(root: Path, dataset: str, number: int) -> None:
-    """The first words of paragraphs: of the text that is trained on, and of the rest."""
+    """The first words of paragraphs, in any order: of the text that is trained on, and of the rest."""
     from kdcache.rows import load_rows
 
     for name, split, wanted in (("prompts", "train[:90%]", number), ("prompts-heldout", "train[90%:]", number // 8)):
         paragraphs = [p.split() for row in load_rows(dataset, split) for p in row["text"].split("\n\n")]
         starts = [" ".join(words[:PROMPT_WORDS]) for words in paragraphs if len(words) >= 2 * PROMPT_WORDS]
         chosen = starts[:: max(1, len(starts) // wanted)][:wanted]
+        if len(chosen) < wanted:
+            raise SystemExit(f"{dataset} has {len(chosen)} paragraphs in {split}, and {wanted} prompts were asked for")
+        random.Random(0).shuffle(chosen)
         (root / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in chosen))
 
 
@@ -296,7 +301,8 @@ def run_variant(root: Path, folder: Path, variant: Variant, seed: int, args: arg
         if variant.every and (number - 1) % variant.every == 0:
             rollouts.append(str(folder) + f"-rollouts-{number}")
             scored.append(str(folder) + f"-scored-{number}")
-            sampling = ["--sample-seed", seed * 100 + number]
+            first, last = (args.prompts * n // ROUNDS for n in (number - 1, number - 1 + variant.every))
+            sampling = ["--sample-seed", seed * 100 + number, "--split", f"train[{first}:{last}]"]
             write_and_score(student, root / "prompts.jsonl", rollouts[-1], scored[-1], sampling, TOP_K, args)
         output = f"{folder}-round-{number}"
         where = {"student_cache": scored} if options.get("loss") == "minillm" else {"cache": options["cache"] + scored}
