@@ -90,6 +90,8 @@ class CorpusSpec(Record):
 
 Scheme = Literal["top_k", "top_p", "sampled", "systematic", "hybrid", "hidden"]
 DRAWN = ("sampled", "systematic", "hybrid")
+# Nats: a cache whose declared error is more than that says nothing.
+MOST_MAX_KL = 1.0
 
 
 class TargetSpec(Record):
@@ -189,7 +191,7 @@ class CodecSpec(Record):
     name: Literal["exact", "packed"]
     step: Annotated[float, Field(ge=1 / 128, le=1)]
     growth: Annotated[float, Field(ge=0, le=1)]
-    max_kl: Annotated[float, Field(gt=0, le=1)]
+    max_kl: Annotated[float, Field(gt=0, le=MOST_MAX_KL)]
     id_tables: Digest | None = None
 
     @model_validator(mode="after")

@@ -46,3 +46,20 @@ def describe_codec(name: Literal["exact", "packed"], quality: str, max_entries: 
     """How targets of at most so many entries are stored; ``exact`` has no quality, and says ``standard``."""
     chosen = QUALITIES[quality if name == "packed" else "standard"].for_entries(max_entries)
     return CodecSpec(name=name, step=chosen.levels.step, growth=chosen.levels.growth, max_kl=chosen.max_kl)
+
+
+def error_of_levels(codec: CodecSpec) -> float:
+    """What ``packed`` declares for these levels alone; ``max_kl`` of a cache made from another has what was lost before in it, too.
+
+    Levels of no quality are taken to cost all of ``max_kl``.
+    """
+    levels = Levels(codec.step, codec.growth)
+    if levels == EVEN:
+        return min(2 * QUALITIES["high"].max_kl, codec.max_kl)
+    # Those of more entries are finer, and declare the same.
+    declared = [
+        quality.max_kl
+        for quality in QUALITIES.values()
+        if quality.levels.growth == levels.growth and levels.step <= quality.levels.step
+    ]
+    return min([*declared, codec.max_kl])

@@ -31,9 +31,9 @@ from kdcache.cache.commit import (
 )
 from kdcache.cache.layout import commit_name, shard_name, table_name
 from kdcache.cache.lease import Lease
-from kdcache.cache.manifest import Manifest, Plan, to_json
+from kdcache.cache.manifest import CacheSpec, Manifest, Plan, to_json
 from kdcache.cache.parameters import CodecName
-from kdcache.cache.quality import describe_codec
+from kdcache.cache.quality import describe_codec, error_of_levels
 from kdcache.cache.reader import CacheReader
 from kdcache.cache.shard import ShardBuilder
 from kdcache.cache.store import Store, hostname, open_store
@@ -42,7 +42,7 @@ from kdcache.cache.work import Remaining
 from kdcache.config import Options, Temperatures
 from kdcache.errors import CacheCorruptError, CacheNotFoundError, ConfigError, StoreError
 from kdcache.progress import Progress
-from kdcache.specs import DRAWN, CodecSpec, TargetSpec
+from kdcache.specs import DRAWN, MOST_MAX_KL, CodecSpec, TargetSpec
 from kdcache.targets import (
     SparseTargets,
     check_alignment,
@@ -132,7 +132,7 @@ def plan_of(source: CacheReader, options: TranscodeOptions) -> Plan:
             hint="without options it is copied, also to another store; it is read at any temperature as it stands",
         )
     targets = _fewer(old.targets, options)
-    codec = _codec(old.codec, targets, options)
+    codec = _codec(old, targets, options)
     spec = old.model_copy(update={"targets": targets, "codec": codec, "transcoded_from": source.manifest.fingerprint})
     return Plan(spec=spec, fingerprint=spec.fingerprint, environment=read_plan(source.store).environment)
 
@@ -175,15 +175,18 @@ def _fewer(old: TargetSpec, options: TranscodeOptions) -> TargetSpec:
     return new.model_copy(update={"frequencies": True})
 
 
-def _codec(old: CodecSpec, targets: TargetSpec, options: TranscodeOptions) -> CodecSpec:
+def _codec(before: CacheSpec, targets: TargetSpec, options: TranscodeOptions) -> CodecSpec:
+    old = before.codec
     name: CodecName = options.codec or old.name
     if name == "exact" == old.name:
         return old
-    new = old
+    new, own = old, error_of_levels(old) if before.transcoded_from else old.max_kl
+    adds = own
     if name != old.name or options.quality is not None:
         described = describe_codec(name, options.quality or "standard", targets.max_entries)
         new = described.model_copy(update={"id_tables": old.id_tables if name == "packed" else None})
-    if old.name == "packed" and (name == "exact" or new.max_kl < old.max_kl):
+        adds = new.max_kl
+    if old.name == "packed" and (name == "exact" or adds < own):
         raise ConfigError(
             f"the cache is packed with an error of up to {old.max_kl:g} nats: {name} of a finer quality cannot bring back what "
             "was lost",
@@ -191,7 +194,13 @@ def _codec(old: CodecSpec, targets: TargetSpec, options: TranscodeOptions) -> Co
         )
     if old.name == "packed" and not targets.frequencies:
         # Errors of logprobs add up as vectors do, and KL is the square of their length.
-        new = new.model_copy(update={"max_kl": (old.max_kl**0.5 + new.max_kl**0.5) ** 2})
+        together = (old.max_kl**0.5 + adds**0.5) ** 2
+        if together > MOST_MAX_KL:
+            raise ConfigError(
+                f"the cache declares an error of {old.max_kl:.2g} nats, and packed once more it would be {together:.2g}, of at most {MOST_MAX_KL:g}",
+                hint="transcode the cache that was dumped, in one step",
+            )
+        new = new.model_copy(update={"max_kl": together})
     return new
 
 

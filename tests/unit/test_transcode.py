@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from kdcache.cache.commit import commit_name, commit_shard, publish_plan, read_plan, seal
+from kdcache.cache.quality import QUALITIES, describe_codec, error_of_levels
 from kdcache.cache.reader import open_cache
 from kdcache.cache.store import LocalStore
 from kdcache.cache.transcode import TranscodeOptions, plan_of, transcode
@@ -212,6 +213,35 @@ def test_errors_of_packing_twice_are_declared(tmp_path):
         assert 0 < np.concatenate(kl).mean() <= after.spec.codec.max_kl
         assert after.spec.codec.max_kl > once.spec.codec.max_kl
     assert changed(once.store, tmp_path, "copy").spec.codec == once.spec.codec
+
+
+def test_each_packing_adds_its_own_error(tmp_path):
+    """However often it is packed: not what was declared before, once more."""
+    cache, each = open_cache(write_cache(tmp_path / "source", make_plan(targets__k=32)).root), 1e-3**0.5
+    for number in range(1, 6):
+        cache = changed(cache.store, tmp_path, f"cut-{number}", top_k=32 - number)
+        assert cache.spec.codec.max_kl == pytest.approx(((number + 1) * each) ** 2)
+    same = changed(cache.store, tmp_path, "same", top_k=16, quality="standard")
+    assert same.spec.codec.max_kl == pytest.approx((7 * each) ** 2), "as without --quality: no finer than it was"
+    small = changed(cache.store, tmp_path, "small", quality="small")
+    assert small.spec.codec.max_kl == pytest.approx((6 * each + 0.1) ** 2)
+    with pytest.raises(ConfigError, match="cannot bring back"):
+        changed(small.store, tmp_path, "finer", quality="standard")
+
+
+@pytest.mark.parametrize("quality", QUALITIES)
+@pytest.mark.parametrize("k", [8, 64, 100, 128, 1000])
+def test_levels_tell_what_they_declare(quality, k):
+    codec = describe_codec("packed", quality, k)
+    assert error_of_levels(codec) == codec.max_kl
+    assert error_of_levels(codec.model_copy(update={"max_kl": 0.5})) == codec.max_kl
+
+
+def test_packed_too_often_is_refused_before_anything_is_written(tmp_path):
+    source = write_cache(tmp_path / "source", make_plan(codec__max_kl=0.5))
+    with pytest.raises(ConfigError, match=r"declares an error of 0.5 nats, and packed once more .* of at most 1"):
+        changed(source, tmp_path, top_k=4)
+    assert not (tmp_path / "new").exists()
 
 
 def divergence(said, stored):
