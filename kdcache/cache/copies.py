@@ -139,8 +139,11 @@ class LocalCopies:
             except CacheError as error:  # this disk, not the store
                 raise OSError(errno.EIO, "what is read back is not what was written") from error
             # Before the copy, and removed after it: no copy is left without, or it could never go.
-            path.with_suffix(ORIGIN).write_text(f"{origin}\n{version}")
+            about = path.with_suffix(ORIGIN)
+            about.write_text(f"{origin}\n{version}")
             os.replace(temporary, path)
+            if not about.exists():  # a peer that made room took the copy that stood here, and this with it
+                about.write_text(f"{origin}\n{version}")
             return copy
         finally:
             Path(temporary).unlink(missing_ok=True)

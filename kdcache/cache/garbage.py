@@ -41,7 +41,7 @@ def find_garbage(store: Store, now: float | None = None) -> list[str]:
 
 
 def collect_garbage(store: Store) -> tuple[list[str], int]:
-    """Delete what :func:`find_garbage` finds, and temporary files of writers of this host that no longer run.
+    """Delete what :func:`find_garbage` finds, and temporary files of writers of this host that no longer run, or of any host that are a day old.
 
     Returns:
         Names of the files deleted, and how many temporary ones.

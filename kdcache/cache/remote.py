@@ -19,6 +19,7 @@ import contextlib
 import errno
 import logging
 import mmap
+import os
 import re
 import sys
 import tempfile
@@ -26,7 +27,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 import xxhash
@@ -388,29 +389,38 @@ def _is_unknown(error: OSError) -> bool:
 
 
 def _map_unnamed(origin: str, fetch: Callable[[Callable[[bytes], object]], str], digest: str | None) -> mmap.mmap:
-    """Fetched into a file without a name, which goes with its map.
+    """Fetched into a file without a name, which goes with its map; a second time where the first gave other bytes.
 
     Raises:
         CacheCorruptError: It has another digest.
-        StoreUnavailableError: There is no room for it.
+        StoreUnavailableError: There is no room for it, or what is read back is not what was written.
     """
-    state = xxhash.xxh3_128()
     try:
-        with tempfile.TemporaryFile() as file:
+        for _ in range(2):
+            state = xxhash.xxh3_128()
+            with tempfile.TemporaryFile() as file:
 
-            def write(part: bytes) -> None:
-                state.update(part)
-                file.write(part)
+                def write(part: bytes, file: BinaryIO = file, state: xxhash.xxh3_128 = state) -> None:
+                    state.update(part)
+                    file.write(part)
 
-            fetch(write)
-            file.flush()
-            if digest is not None and (found := state.hexdigest()) != digest:
-                raise CacheCorruptError(f"{origin}: digest {digest} was committed, the bytes in the store have {found}")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                fetch(write)
+                file.flush()
+                if digest is not None and state.hexdigest() != digest:
+                    continue
+                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                if digest is not None and xxhash.xxh3_128_hexdigest(data) != digest:
+                    raise OSError(errno.EIO, "what is read back is not what was written")
+                return data
     except OSError as error:
+        # gettempdir itself fails where there is no folder.
+        folder = os.environ.get("TMPDIR", "the folder for temporary files")
         raise StoreUnavailableError(
-            f"{tempfile.gettempdir()}: cannot hold {origin} ({error.strerror})", hint="TMPDIR names another folder"
+            f"{folder}: cannot hold {origin} ({error.strerror or error})", hint="TMPDIR names another folder"
         ) from error
+    raise CacheCorruptError(
+        f"{origin}: digest {digest} was committed, the bytes in the store have {state.hexdigest()} (fetched twice)"
+    )
 
 
 def _failures(names: tuple[str, ...]) -> tuple[type[Exception], ...]:

@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import io
 import os
 import resource
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from click.testing import CliRunner
 from kdcache.cache import copies as copies_module
 from kdcache.cache import limits, remote
 from kdcache.cache.commit import check_writers
-from kdcache.cache.copies import LocalCopies
+from kdcache.cache.copies import SUFFIX, LocalCopies
 from kdcache.cache.reader import CacheReader, open_cache
 from kdcache.cache.shard import content_hash
 from kdcache.cache.store import LocalStore, open_store
@@ -461,6 +463,49 @@ def test_no_room_for_copies_is_not_a_damaged_cache(faulty, tmp_path, trouble):
     assert faulty.exists("manifest.json")
 
 
+def test_no_folder_for_temporary_files_is_not_a_damaged_cache(faulty, tmp_path, monkeypatch):
+    write_remote(faulty, tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "nowhere")])
+    audit = verify_cache(faulty)
+    assert (audit.problems, audit.damaged, audit.unread, audit.num_verified) == ([], [], [0, 1, 2, 3], 0)
+
+
+def a_transfer_that_loses_bytes(monkeypatch):
+    real, calls = FaultyMemory.cat_ranges, []
+
+    def cat_ranges(self, paths, starts, ends, **options):
+        parts = real(self, paths, starts, ends, **options)
+        if any(path.endswith(SUFFIX) for path in paths):
+            calls.append(paths)
+            return [part[:-1] + b"\0" for part in parts] if len(calls) == 1 else parts
+        return parts
+
+    monkeypatch.setattr(FaultyMemory, "cat_ranges", cat_ranges)
+
+
+def a_disk_that_keeps_other_bytes(monkeypatch):
+    class Rotten(io.FileIO):
+        def write(self, data):
+            return super().write(bytes(data)[:-1] + b"\0")
+
+    def temporary_file():
+        handle, path = tempfile.mkstemp()
+        os.close(handle)
+        return Rotten(path, "r+")
+
+    monkeypatch.setattr(remote.tempfile, "TemporaryFile", temporary_file)
+
+
+@pytest.mark.parametrize("trouble", [a_transfer_that_loses_bytes, a_disk_that_keeps_other_bytes])
+def test_what_went_wrong_on_the_way_is_no_damage_of_the_store(faulty, tmp_path, monkeypatch, trouble):
+    write_remote(faulty, tmp_path)
+    trouble(monkeypatch)
+    audit = verify_cache(faulty)
+    assert (audit.problems, audit.damaged) == ([], [])
+    assert audit.intact if trouble is a_transfer_that_loses_bytes else audit.unread == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("harm", ["deleted", "flipped"])
 def test_verify_looks_at_what_lies_in_the_store_whatever_copies_there_are(store, tmp_path, harm):
     """Whole copies say nothing about originals that are gone or rotted; and the sequence is named, there too."""
@@ -552,6 +597,25 @@ def test_no_copy_is_left_that_can_never_go(faulty, tmp_path, monkeypatch, dies_a
             faulty.map(named(data), 1000)
     monkeypatch.setenv("KDCACHE_COPIES_GB", "0.000001")
     faulty.map(named(data), 1000)
+    faulty.map(named(more), 1000)
+    assert [path.stem for path in (tmp_path / "copies").glob("*.arrow")] == [xxhash.xxh3_128_hexdigest(more)]
+
+
+def test_a_peer_that_makes_room_does_not_take_the_note_of_a_new_copy(faulty, tmp_path, monkeypatch):
+    """Between the note and the copy, a peer takes the old copy of that name, and the note with it."""
+    data, more = os.urandom(1000), os.urandom(1000)
+    for blob in (data, more):
+        faulty.replace(named(blob), blob)
+    real = os.replace
+
+    def replace(source, target):
+        Path(target).with_suffix(copies_module.ORIGIN).unlink()
+        real(source, target)
+
+    with monkeypatch.context() as racing:
+        racing.setattr(os, "replace", replace)
+        faulty.map(named(data), 1000)
+    monkeypatch.setenv("KDCACHE_COPIES_GB", "0.000001")
     faulty.map(named(more), 1000)
     assert [path.stem for path in (tmp_path / "copies").glob("*.arrow")] == [xxhash.xxh3_128_hexdigest(more)]
 
