@@ -28,8 +28,8 @@ class Status:
         in_flight: Leases of workers that live.
         stale: Leases of workers that do not, and files in the place of leases that are none.
         holes: Shards that are neither committed nor in flight, as first and last of each run.
-        tokens_per_second: Of all workers together: while some live, what one made of each of the last shards, times their number; else between
-            the last commits. None where nothing is known.
+        tokens_per_second: Of all workers together: while some live, what one made of each of their last shards, times their number; else between
+            the last commits. None where nothing is known, so of workers that have committed nothing yet.
         seconds_left: At that rate; 0 when all is committed, None where the rate is unknown.
     """
 
@@ -59,7 +59,7 @@ def cache_status(store: Store, now: float | None = None) -> Status:
     holes = [shard for shard in range(plan.spec.num_shards) if shard not in open_shards]
     left = plan.spec.num_shards - len(commits)
     positions = sum(commit.stats.num_positions for commit in commits)
-    rate = _rate(commits, len({(holder.host, holder.pid) for holder in in_flight}))
+    rate = _rate(commits, {f"{holder.host}:{holder.pid}" for holder in in_flight})
     return Status(
         num_shards=plan.spec.num_shards,
         num_committed=len(commits),
@@ -81,15 +81,21 @@ def split_leases(store: Store, committed: set[int], now: float) -> tuple[list[Ho
     return in_flight, sorted(stale)
 
 
-def _rate(commits: list[Commit], num_workers: int) -> float | None:
-    """Tokens a second of so many workers; of none, those between the oldest and the newest of the last commits.
+def _rate(commits: list[Commit], workers: set[str]) -> float | None:
+    """Tokens a second of the workers that live; where none does, those between the oldest and the newest of the last commits.
 
-    When commits came says little while workers live: they may all commit at once, or have paused.
+    When commits came says little while workers live: they may all commit at once, or have paused. Commits of others say nothing of them: those
+    of a copied cache are the dump's.
     """
-    timed = [(datetime.fromisoformat(commit.finished_at).timestamp(), commit) for commit in commits]
+    timed = [
+        (datetime.fromisoformat(commit.finished_at).timestamp(), commit)
+        for commit in commits
+        if not workers or commit.worker in workers
+    ]
     last = sorted(timed, key=lambda one: one[0])[-RATE_COMMITS:]
-    if num_workers and (seconds := sum(commit.seconds for _, commit in last)):
-        return num_workers * sum(commit.stats.num_positions for _, commit in last) / seconds
+    if workers:
+        seconds = sum(commit.seconds for _, commit in last)
+        return len(workers) * sum(commit.stats.num_positions for _, commit in last) / seconds if seconds else None
     if len(last) < 2:
         return None
     # Times are whole seconds.

@@ -74,14 +74,23 @@ def test_while_workers_live_the_rate_is_what_each_makes_times_their_number(store
     for shard, finished in ((0, "01T00:00:00"), (1, "02T09:00:00"), (2, "02T09:00:00")):
         put_shard(store, PLAN, shard)
         commit = read_commit(store, shard)
-        later = commit.model_copy(update={"finished_at": f"2026-01-{finished}+00:00", "seconds": 50.0})
-        store.replace(commit_name(shard), to_json(later))
+        about = {"finished_at": f"2026-01-{finished}+00:00", "seconds": 50.0, "worker": f"elsewhere:{1 + shard % 2}"}
+        store.replace(commit_name(shard), to_json(commit.model_copy(update=about)))
     for shard, pid in ((3, 1), (4, 2), (5, 2)):  # the second computes one while another is written
         lease(store, shard, pid=pid)
     tokens = sum(read_commit(store, shard).stats.num_positions for shard in range(3))
     status = cache_status(store)
     assert status.tokens_per_second == pytest.approx(2 * tokens / 150)
     assert status.seconds_left == pytest.approx(7 * tokens / 3 / status.tokens_per_second)
+
+
+def test_commits_of_others_say_nothing_of_the_workers_that_live(store):
+    """Those of a copy are the dump's, which took longer by far."""
+    for shard in (0, 1, 2):
+        put_shard(store, PLAN, shard)
+    lease(store, 3)
+    status = cache_status(store)
+    assert (status.tokens_per_second, status.seconds_left) == (None, None)
 
 
 def test_a_complete_cache(tmp_path):
