@@ -23,7 +23,7 @@ from kdcache.cache.reader import CacheReader
 from kdcache.cache.shard import sequence_id
 from kdcache.corpus import CorpusCounts, asked_chat, tokenize_prompt
 from kdcache.dump.engines.generate import Answer, AnsweringEngine
-from kdcache.dump.worker import Worker, plan_batches
+from kdcache.dump.worker import Worker, check_tokens, plan_batches
 from kdcache.errors import ConfigError, TeacherOutputError
 from kdcache.specs import GenerationSpec
 from kdcache.targets import SparseTargets, TokenSequence
@@ -84,7 +84,7 @@ class GenerateWorker(Worker):
             if not 0 < len(ids) < spec.corpus.seq_len:
                 counts.num_skipped += 1
                 continue
-            self.check_tokens(ids, shard)
+            check_tokens(ids, self.plan.spec, shard, self.tokenizer)
             for _ in range(spec.generation.num_answers):
                 yield ids
 

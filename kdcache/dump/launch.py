@@ -145,7 +145,10 @@ def make_worker(store: Store, options: DumpOptions, plan: Plan, rows: Rows | Non
     if spec.targets.scheme == "hidden":
         head = head_of(model).first(spec.teacher.vocab_size).to_bytes()
         head_digest = digest(head)
-        publish_by_digest(store, table_name(head_digest), head)
+        if rank == 0:
+            publish_by_digest(store, table_name(head_digest), head)
+        else:  # looking at what stands there takes fetching it
+            store.put_if_absent(table_name(head_digest), head)
     tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
     make: Callable[..., Worker] = Worker
     if spec.generation is not None:

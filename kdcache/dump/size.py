@@ -11,7 +11,7 @@ import numpy as np
 
 from kdcache.cache.shard import sequence_id
 from kdcache.corpus import CorpusCounts, make_sequences
-from kdcache.dump.worker import padded_size, plan_batches
+from kdcache.dump.worker import check_tokens, padded_size, plan_batches
 from kdcache.progress import Progress
 from kdcache.targets import TokenSequence
 
@@ -100,12 +100,18 @@ def spread(number: int, wanted: int) -> list[int]:
 
 
 def choose_pilot(draft: Draft, num_sequences: int) -> tuple[list[int], list[TokenSequence]]:
-    """Ids and tokens of about so many sequences, evenly out of shards that lie evenly in the corpus, whole shards having been packed."""
+    """Ids and tokens of about so many sequences, evenly out of shards that lie evenly in the corpus, whole shards having been packed.
+
+    Raises:
+        CorpusError: A token that the teacher does not have.
+    """
     shards = spread(draft.spec.num_shards, min(SAMPLED_SHARDS, num_sequences))
     ids: list[int] = []
     chosen: list[TokenSequence] = []
     for number, shard in enumerate(shards):
         made = make_sequences((draft.rows[i] for i in draft.spec.rows(shard)), draft.spec.corpus, draft.tokenizer)
+        for sequence in made:
+            check_tokens(sequence.input_ids, draft.spec, shard, draft.tokenizer)
         wanted = math.ceil((num_sequences - len(chosen)) / (len(shards) - number))
         for index in spread(len(made), wanted):
             ids.append(sequence_id(shard, index))

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from kdcache.cache.codec import Codec
 from kdcache.cache.commit import commit_shard, load_codec
 from kdcache.cache.lease import Lease
-from kdcache.cache.manifest import Plan
+from kdcache.cache.manifest import CacheSpec, Plan
 from kdcache.cache.shard import ShardBuilder, sequence_id
 from kdcache.cache.store import Store, hostname
 from kdcache.cache.sums import SHARD_FACTOR, ShardSums, warn_about_error
@@ -173,18 +173,8 @@ class Worker:
         rows = self.plan.spec.rows(shard)
         made = make_sequences((self.rows[i] for i in rows), self.plan.spec.corpus, self.tokenizer, counts)
         for sequence in made:
-            self.check_tokens(sequence.input_ids, shard)
+            check_tokens(sequence.input_ids, self.plan.spec, shard, self.tokenizer)
         return made
-
-    def check_tokens(self, input_ids: npt.ArrayLike, shard: int) -> None:
-        """Refuse tokens past the teacher's vocabulary, which happens where its tokenizer got new ones and its embedding did not."""
-        vocab_size, rows = self.plan.spec.teacher.vocab_size, self.plan.spec.rows(shard)
-        if (largest := int(np.max(input_ids, initial=0))) >= vocab_size:
-            raise CorpusError(
-                f"rows {rows.start} to {rows.stop - 1}: the tokenizer gives token {largest} ({self.tokenizer.decode([largest])!r}), "
-                f"the teacher has {vocab_size} tokens",
-                hint="the tokenizer that the teacher was trained with, or teacher.resize_token_embeddings(len(tokenizer))",
-            )
 
     def _release(self, lease: Lease) -> None:
         lease.release()
@@ -215,6 +205,21 @@ class Worker:
                     hint="try --dtype float32 or bfloat16; nothing of this shard was kept",
                 )
         return TeacherOutputError(f"shard {shard:05d}: {error.message}, in a batch but in none of its sequences alone")
+
+
+def check_tokens(input_ids: npt.ArrayLike, spec: CacheSpec, shard: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse tokens past the teacher's vocabulary, which happens where its tokenizer got new ones and its embedding did not.
+
+    Raises:
+        CorpusError: There is one in a text of this shard.
+    """
+    vocab_size, rows = spec.teacher.vocab_size, spec.rows(shard)
+    if (largest := int(np.max(input_ids, initial=0))) >= vocab_size:
+        raise CorpusError(
+            f"rows {rows.start} to {rows.stop - 1}: the tokenizer gives token {largest} ({tokenizer.decode([largest])!r}), "
+            f"the teacher has {vocab_size} tokens",
+            hint="the tokenizer that the teacher was trained with, or teacher.resize_token_embeddings(len(tokenizer))",
+        )
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

@@ -48,6 +48,13 @@ def refused(*arguments):
     return result.stderr
 
 
+def test_tokens_that_the_teacher_does_not_have_are_named(tmp_path, corpus_file):
+    teacher = make_llama(tmp_path / "m", vocab_size=VOCAB_SIZE - 10)
+    assert f"the teacher has {VOCAB_SIZE - 10} tokens" in refused(
+        "--teacher", teacher, "--dataset", corpus_file, "--seq-len", 64, "--pilot-sequences", 20
+    )
+
+
 # --- against a real dump ----------------------------------------------------------------------------------------------
 
 

@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM
 from kdcache.cache.commit import committed_shards
 from kdcache.cache.quality import QUALITIES
 from kdcache.cache.reader import open_cache
-from kdcache.cache.store import LocalStore
-from kdcache.dump.launch import dump
+from kdcache.cache.store import LocalStore, open_store
+from kdcache.dump.launch import dump, make_worker
 from kdcache.dump.options import DumpOptions
+from kdcache.dump.plan import make_plan
 from kdcache.errors import CacheMismatchError, ConfigError, CorpusError
 from kdcache.heads import OutputHead
 from tests.abuse.crashes import assert_same, contents
@@ -139,6 +140,21 @@ def test_a_tokenizer_with_more_tokens_than_the_teacher(tmp_path, corpus_file):
         CorpusError, match=rf"rows 0 to \d+: the tokenizer gives token \d+ \(.*, the teacher has {VOCAB_SIZE - 10}"
     ):
         dump(options(teacher, corpus_file, tmp_path / "c"))
+
+
+def test_the_head_that_stands_is_compared_once_a_launch(tmp_path, tiny_teacher, corpus_file):
+    """Of an object store that takes fetching it: gigabytes, by every rank."""
+    given = options(tiny_teacher, corpus_file, tmp_path / "c", targets="hidden", split="train[:6]")
+    dump(given)
+    store = open_store(str(tmp_path / "c"))
+    (name,) = (f"tables/{name}" for name in store.names_in("tables"))
+    whole = store.read(name)
+    store.replace(name, b"\0" + whole[1:])
+    plan, rows = make_plan(store, given)
+    make_worker(store, given, plan, rows, rank=1, size=2)
+    assert store.read(name) != whole
+    make_worker(store, given, plan, rows, rank=0, size=2)
+    assert store.read(name) == whole
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
