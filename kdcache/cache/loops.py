@@ -231,19 +231,27 @@ def codes_of_ids(
     ids: Numbers,
     num_entries: Numbers,
     rows: npt.NDArray[np.int32],
-    table: npt.NDArray[np.uint16],
+    lists: npt.NDArray[np.uint16],
     ranks: npt.NDArray[np.int32],
-    length: int,
+    num_listed: int,
 ) -> Numbers:
-    """:meth:`IdTables.codes`; ``rows`` ``[N]`` of ``table`` ``[C + 1, ranks]``."""
+    """:meth:`IdTables.codes`; ``rows`` ``[N]`` of ``lists`` ``[C + 1, M]``, whose ranks are below ``num_listed``."""
     codes = np.empty_like(ids)
-    e, listed = 0, table.shape[1]
+    e, length = 0, lists.shape[1]
+    # The codes of ranks after the token in hand: one list at a time, for those of all tokens are far more than a processor keeps at hand.
+    places = np.empty(num_listed, dtype=np.uint16)
+    for rank in range(num_listed):
+        places[rank] = rank + length
     for p in range(len(num_entries)):
-        row = table[rows[p]]
+        row = lists[rows[p]]
+        for place in range(length):
+            places[row[place]] = place
         for _ in range(num_entries[p]):
             rank = ranks[ids[e]]
-            codes[e] = row[rank] if rank < listed else rank + length
+            codes[e] = places[rank] if rank < num_listed else rank + length
             e += 1
+        for place in range(length):
+            places[row[place]] = row[place] + length
     return codes
 
 

@@ -31,7 +31,7 @@ from kdcache.targets import SparseTargets, UIntArray
 MAX_RANK = 1 << 13
 MAX_BYTES = 256 << 20
 MAX_VOCAB = 1 << 20
-# Two bytes each in memory, once something is encoded.
+# Two bytes each in memory, once something is encoded by numpy alone.
 MAX_CODES = 1 << 29
 COUNT_AT_ONCE = 1 << 24
 SORT_AT_ONCE = 512
@@ -157,10 +157,10 @@ class IdTables:
             contexts: ``[N]``, the token before each position.
         """
         _check_as_many(contexts, num_entries)
-        table = self._code_table
         if loops := compiled():
-            rows = self._rows[contexts]
-            return np.asarray(loops.codes_of_ids(token_ids, num_entries, rows, table, self._ranks, self._length))
+            rows, num_listed = self._rows[contexts], min(MAX_RANK, len(self.order))
+            return np.asarray(loops.codes_of_ids(token_ids, num_entries, rows, self._lists, self._ranks, num_listed))
+        table = self._code_table
         ranks = self._ranks[token_ids]
         rows = np.repeat(self._rows[contexts].astype(np.int64) * table.shape[1], num_entries)
         small = ranks < table.shape[1]
@@ -212,7 +212,7 @@ class IdTables:
 
     @cached_property
     def _code_table(self) -> npt.NDArray[np.uint16]:
-        """``[C + 1, MAX_RANK]``: the code of a rank in each row. Made when something is encoded."""
+        """``[C + 1, MAX_RANK]``: the code of a rank in each row. Made when something is encoded by numpy alone."""
         num_contexts, length = self.lists.shape
         num_ranks = min(MAX_RANK, len(self.order))
         codes = np.tile(np.arange(num_ranks, dtype=np.uint16) + np.uint16(length), (num_contexts + 1, 1))
