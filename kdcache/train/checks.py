@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from kdcache.cache.manifest import Manifest
 from kdcache.cache.reader import CacheReader, open_cache
 from kdcache.errors import CacheMismatchError, ConfigError
+from kdcache.models import check_student
 from kdcache.targets import check_alignment
 from kdcache.train.options import TrainOptions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ALIGNMENT_SAMPLE = 32
 
@@ -43,6 +48,11 @@ class StageCaches:
             [open_cache(path) for path in options.student_cache],
             [open_cache(path) for path in options.rollout_cache],
         )
+
+    @property
+    def read(self) -> list[CacheReader]:
+        """Those whose sequences the student reads; a rollout cache only says how likely some of them were."""
+        return [*(reader for reader, _ in self.caches), *self.student_caches, *(reader for reader, _ in self.eval_caches)]
 
     def trained_on(self, options: TrainOptions) -> Iterator[tuple[str, str, Manifest]]:
         """Option, path and manifest of all but the held-out ones."""
@@ -86,6 +96,20 @@ def check_sequences(options: TrainOptions, found: StageCaches) -> None:
     if not options.mix:
         check_same_sequences([cache for cache, _ in found.caches])
     check_same_sequences([cache for cache, _ in found.eval_caches])
+
+
+def check_reads(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, caches: Iterable[CacheReader]) -> None:
+    """Refuse a student that does not speak the tokens of one of the caches, or cannot read its sequences.
+
+    Raises:
+        CacheMismatchError: Another tokenizer, fewer embeddings or a shorter context than one of them needs.
+    """
+    asked = {(one.spec.tokenizer.digest, one.vocab_size, one.spec.corpus.seq_len): one for one in reversed([*caches])}
+    for one in reversed(asked.values()):
+        try:
+            check_student(model, tokenizer, one.spec.tokenizer, one.vocab_size, one.spec.corpus.seq_len)
+        except CacheMismatchError as error:
+            raise CacheMismatchError(f"{one.store}: {error.message}", hint=error.hint) from error
 
 
 def _check_targets(reader: CacheReader) -> None:

@@ -17,9 +17,9 @@ from kdcache.config import check_options, parse_weighted, read_mapping, replace_
 from kdcache.errors import ConfigError, KDCacheError
 from kdcache.heads import check_packing
 from kdcache.model_files import find_model
-from kdcache.models import check_student, keep_freed_memory, load_model, load_tokenizer, pick_device, quiet_progress
+from kdcache.models import keep_freed_memory, load_model, load_tokenizer, pick_device, quiet_progress
 from kdcache.train.card import describe_cache, model_card
-from kdcache.train.checks import check_recipe, check_sequences
+from kdcache.train.checks import check_reads, check_recipe, check_sequences
 from kdcache.train.lora import add_lora
 from kdcache.train.options import TWO_TEXT_LOSSES, TrainOptions
 from kdcache.train.resume import (
@@ -180,8 +180,8 @@ def train_stage(
         attention=options.attention,
         trust_remote_code=options.trust_remote_code,
     )
-    check_student(model, tokenizer, reader.spec.tokenizer, reader.vocab_size, reader.spec.corpus.seq_len)
-    if reader.spec.corpus.packing:
+    check_reads(model, tokenizer, found.read)
+    if any(one.spec.corpus.packing for one in found.read):
         check_packing(model)
     _warn_about_sizes(reader, sum(p.numel() for p in model.parameters()))
     set_seed(options.seed)

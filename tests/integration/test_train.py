@@ -20,7 +20,7 @@ from kdcache.cache.reader import open_cache
 from kdcache.cache.store import LocalStore
 from kdcache.dump.launch import dump
 from kdcache.dump.options import DumpOptions
-from kdcache.errors import CacheIncompleteError, CacheMismatchError, ConfigError
+from kdcache.errors import CacheIncompleteError, CacheMismatchError, ConfigError, ModelError
 from kdcache.model_files import find_model
 from kdcache.models import load_model
 from kdcache.train.forward import extend_forward, run_objective
@@ -190,6 +190,45 @@ def test_too_few_embedding_rows_are_refused(tmp_path, top_cache):
     small = make_llama(tmp_path / "small", vocab_size=VOCAB_SIZE - 10, seed=3, hidden_size=16, num_hidden_layers=1)
     with pytest.raises(CacheMismatchError, match=f"{VOCAB_SIZE} tokens"):
         run(top_cache, small, tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory, tiny_teacher, corpus_file):
+    """Caches of one tokenizer that ask other things of a student: packed or not, of sequences up to 64 or 200 tokens."""
+    folder = tmp_path_factory.mktemp("uneven")
+    asked = {
+        "plain": {"packing": False},
+        "packed": {"packing": True},
+        "long": {"packing": False, "seq_len": 200},
+    }
+    return {name: make_cache(folder / name, tiny_teacher, corpus_file, top_k=16, **one) for name, one in asked.items()}
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        lambda one, other: {"cache": [one, other], "mix": f"{one}:1,{other}:1"},
+        lambda one, other: {"cache": one, "student_cache": other, "loss": "contrastive"},
+        lambda one, other: {"cache": one, "eval_cache": other},
+    ],
+    ids=["cache", "student_cache", "eval_cache"],
+)
+def test_every_cache_is_held_against_the_student(tmp_path, uneven, tiny_student, monkeypatch, where):
+    """A later one that is longer than its context, or packed where the first is not, is refused before anything is trained."""
+    short = make_llama(tmp_path / "short", seed=3, hidden_size=16, num_hidden_layers=1, max_position_embeddings=64)
+
+    def leaks(model):
+        raise ModelError("it lets packed documents see each other")
+
+    monkeypatch.setattr("kdcache.train.run.check_packing", leaks)
+    for student, other, error, says in (
+        (short, "long", CacheMismatchError, f"{uneven['long']}: .* up to 200 tokens, the student's context is 64"),
+        (tiny_student, "packed", ModelError, "lets packed documents see each other"),
+    ):
+        options = where(uneven["plain"], uneven[other])
+        with pytest.raises(error, match=says):
+            run(options.pop("cache"), student, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_undeclared_temperature_is_refused_with_the_list(tmp_path, top_cache, tiny_student):
