@@ -52,7 +52,11 @@ class StageCaches:
     @property
     def read(self) -> list[CacheReader]:
         """Those whose sequences the student reads; a rollout cache only says how likely some of them were."""
-        return [*(reader for reader, _ in self.caches), *self.student_caches, *(reader for reader, _ in self.eval_caches)]
+        return [
+            *(reader for reader, _ in self.caches),
+            *self.student_caches,
+            *(reader for reader, _ in self.eval_caches),
+        ]
 
     def trained_on(self, options: TrainOptions) -> Iterator[tuple[str, str, Manifest]]:
         """Option, path and manifest of all but the held-out ones."""

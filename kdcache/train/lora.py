@@ -19,6 +19,8 @@ from kdcache.errors import ConfigError, ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+ALL_LINEAR = "all-linear"
+
 
 def add_lora(model: PreTrainedModel, fields: Mapping[str, Any], student: str, adapter: str | None = None) -> Any:
     """The model inside a ``peft.PeftModel`` whose adapters alone are trained.
@@ -34,23 +36,14 @@ def add_lora(model: PreTrainedModel, fields: Mapping[str, Any], student: str, ad
         ConfigError: No peft here, a field that LoraConfig does not have, one that does not fit this model, or other fields than the
             adapter has.
     """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ConfigError("--lora needs the peft package", hint="pip install 'kdcache[lora]'") from error
-    known = {field.name for field in dataclasses.fields(LoraConfig) if field.init}
-    for name in fields:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            raise ConfigError(
-                f"--lora {name}: peft.LoraConfig has no such field",
-                hint=f"did you mean {close[0]}?" if close else "r, lora_alpha, target_modules, lora_dropout ...",
-            )
+    check_lora(fields)
+    from peft import LoraConfig, get_peft_model
+
     shown = ", ".join(f"{name}={value}" for name, value in fields.items())
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers 5 in the words of transformers 4
-            config = LoraConfig(**{"target_modules": "all-linear", **fields, "task_type": "CAUSAL_LM"})
+            config = LoraConfig(**{"target_modules": ALL_LINEAR, **fields, "task_type": "CAUSAL_LM"})
             adapted = get_peft_model(model, config)
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
@@ -60,6 +53,45 @@ def add_lora(model: PreTrainedModel, fields: Mapping[str, Any], student: str, ad
     if adapter is not None:
         _load_adapter(adapted, adapter)
     return adapted
+
+
+def check_lora(fields: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> None:
+    """Refuse fields that cannot be, before a model is there.
+
+    Args:
+        fields: Of ``peft.LoraConfig``.
+        before: Those of the stage before, whose adapter is trained on, if it leaves one.
+
+    Raises:
+        ConfigError: No peft here, a field that LoraConfig does not have, or other fields than the stage before.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ConfigError("--lora needs the peft package", hint="pip install 'kdcache[lora]'") from error
+    known = [field.name for field in dataclasses.fields(LoraConfig) if field.init]
+    for name in fields:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError(
+                f"--lora {name}: peft.LoraConfig has no such field",
+                hint=f"did you mean {close[0]}?" if close else "r, lora_alpha, target_modules, lora_dropout ...",
+            )
+    if not before:
+        return
+    defaults = LoraConfig().to_dict() | {"target_modules": ALL_LINEAR}
+    ours, theirs = (defaults | dict(one) for one in (fields, before))
+    if differing := [name for name in known if _as_set(ours.get(name)) != _as_set(theirs.get(name))]:
+        lines = "".join(f"\n  {n}: that has {theirs[n]!r}, this one {ours[n]!r}" for n in differing)
+        raise ConfigError(
+            f"--lora: the adapter of the stage before can only be trained on as it is:{lines}",
+            hint="leave lora out of --then, and it stays as it is; lora={} merges adapter and model, and all weights are trained",
+        )
+
+
+def _as_set(value: Any) -> Any:
+    """Names in whatever order."""
+    return frozenset(map(str, value)) if isinstance(value, list | tuple | set) else value
 
 
 def _load_adapter(adapted: Any, folder: str) -> None:

@@ -19,8 +19,8 @@ from kdcache.heads import check_packing
 from kdcache.model_files import find_model
 from kdcache.models import keep_freed_memory, load_model, load_tokenizer, pick_device, quiet_progress
 from kdcache.train.card import describe_cache, model_card
-from kdcache.train.checks import check_reads, check_recipe, check_sequences
-from kdcache.train.lora import add_lora
+from kdcache.train.checks import StageCaches, check_reads, check_recipe, check_sequences
+from kdcache.train.lora import add_lora, check_lora
 from kdcache.train.options import TWO_TEXT_LOSSES, TrainOptions
 from kdcache.train.resume import (
     RESULTS,
@@ -73,7 +73,7 @@ def train(options: TrainOptions) -> TrainResult:
     for number, stage in enumerate(stages, start=1):
         if len(stages) > 1:
             logger.info("stage %d of %d, in %s", number, len(stages), stage.output)
-        result = train_stage(stage, [Path(later.output) for later in stages[number:]], earlier)
+        result = train_stage(stage, stages[number:], earlier)
         earlier.append(result.results)
     return result
 
@@ -123,28 +123,35 @@ def carried_over(before: TrainOptions, values: dict[str, Any], changed: dict[str
 def check_stages(stages: Sequence[TrainOptions]) -> None:
     """Refuse, before the first stage trains, what a later one would be refused for; stages that are done are left alone.
 
+    Whether the student can read the caches of all stages is known once it is loaded, see :func:`train_stage`.
+
     Raises:
         KDCacheError: As the stage itself would say it, with its number.
     """
+    adapter: dict[str, Any] = {}  # that the stage before will leave
     for number, stage in enumerate(stages, start=1):
         try:
             check_same_run(Path(stage.output), stage)
             if stage.resume and read_mapping(Path(stage.output) / RESULTS) is not None:
                 continue
+            check_no_others(Path(stage.output))
             check_sequences(stage, check_recipe(stage))
             training_arguments(stage)
+            if stage.lora:
+                check_lora(stage.lora, adapter)
+            adapter = stage.lora
         except KDCacheError as error:
             raise type(error)(f"stage {number}: {error.message}", hint=error.hint) from error
 
 
 def train_stage(
-    options: TrainOptions, later: Sequence[Path] = (), earlier: Sequence[dict[str, Any]] = ()
+    options: TrainOptions, later: Sequence[TrainOptions] = (), earlier: Sequence[dict[str, Any]] = ()
 ) -> TrainResult:
     """Run one stage; running it again goes on from the last checkpoint, or says that all is done.
 
     Args:
         options: Of the stage.
-        later: Outputs of the stages after it, which begin anew where this one does.
+        later: Options of the stages after it: the student has to read their caches too, and they begin anew where this one does.
         earlier: Results of those before it.
 
     Raises:
@@ -180,8 +187,10 @@ def train_stage(
         attention=options.attention,
         trust_remote_code=options.trust_remote_code,
     )
-    check_reads(model, tokenizer, found.read)
-    if any(one.spec.corpus.packing for one in found.read):
+    read = [(stage.attention, one) for stage in later for one in StageCaches.of(stage).read]
+    read = [*((options.attention, one) for one in found.read), *read]
+    check_reads(model, tokenizer, [one for _, one in read])
+    if any(one.spec.corpus.packing and attention == options.attention for attention, one in read):
         check_packing(model)
     _warn_about_sizes(reader, sum(p.numel() for p in model.parameters()))
     set_seed(options.seed)
@@ -209,7 +218,7 @@ def train_stage(
     check_same_on_all_ranks(contents)
     if trainer.is_world_process_zero():
         if not options.resume:  # else a later run that is told to resume would take up the one before
-            begin_anew([output, *later])
+            begin_anew([output, *(Path(stage.output) for stage in later)])
         told = {**step_of(options), "contents": contents}
         write_provenance(output, "train-student", "train-student", options, str(arguments.device), **told)
     checkpoint = last_checkpoint(output) if options.resume else None

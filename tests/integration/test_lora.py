@@ -133,6 +133,18 @@ def test_an_adapter_has_its_own_fields(tmp_path, caches, tiny_student):
     assert list((tmp_path / "whole").glob("model*.safetensors")), "merged, and all of it trained"
 
 
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [({"r": 8}, r"stage 2: --lora: the adapter (.|\n)*r: that has 4, this one 8"), ({"rank": 4}, "stage 2: .*no such field")],
+)  # fmt: skip
+def test_adapters_of_all_stages_are_checked_before_the_first(tmp_path, caches, tiny_student, lora, message):
+    with pytest.raises(ConfigError, match=message):
+        run(caches[0], tiny_student, tmp_path / "out", then=[{"lora": lora}])
+    assert not (tmp_path / "out").exists()
+    same = {"lora_alpha": LORA["lora_alpha"], "r": LORA["r"], "bias": "none"}
+    run(caches[0], tiny_student, tmp_path / "same", max_steps=1, then=[{"lora": same}, {"lora": {}}])
+
+
 def test_a_chain_of_adapters_is_refused(tmp_path, caches, tiny_student):
     """It would be read as its last adapter on the first base model."""
     for name in ("first", "second"):

@@ -194,14 +194,20 @@ def test_too_few_embedding_rows_are_refused(tmp_path, top_cache):
 
 @pytest.fixture(scope="module")
 def uneven(tmp_path_factory, tiny_teacher, corpus_file):
-    """Caches of one tokenizer that ask other things of a student: packed or not, of sequences up to 64 or 200 tokens."""
+    """Caches that ask other things of a student: packed or not, of sequences up to 64 or 200 tokens, of a token more."""
     folder = tmp_path_factory.mktemp("uneven")
+    other = make_llama(folder / "teacher", vocab_size=VOCAB_SIZE + 1)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(other)
     asked = {
         "plain": {"packing": False},
         "packed": {"packing": True},
         "long": {"packing": False, "seq_len": 200},
+        "other": {"packing": False, "teacher": other},
     }
-    return {name: make_cache(folder / name, tiny_teacher, corpus_file, top_k=16, **one) for name, one in asked.items()}
+    given = {"teacher": tiny_teacher, "corpus": corpus_file, "top_k": 16}
+    return {name: make_cache(folder / name, **(given | one)) for name, one in asked.items()}
 
 
 @pytest.mark.parametrize(
@@ -210,8 +216,9 @@ def uneven(tmp_path_factory, tiny_teacher, corpus_file):
         lambda one, other: {"cache": [one, other], "mix": f"{one}:1,{other}:1"},
         lambda one, other: {"cache": one, "student_cache": other, "loss": "contrastive"},
         lambda one, other: {"cache": one, "eval_cache": other},
+        lambda one, other: {"cache": one, "then": [{"alpha": 0.0}, {"cache": other}]},
     ],
-    ids=["cache", "student_cache", "eval_cache"],
+    ids=["cache", "student_cache", "eval_cache", "third stage"],
 )
 def test_every_cache_is_held_against_the_student(tmp_path, uneven, tiny_student, monkeypatch, where):
     """A later one that is longer than its context, or packed where the first is not, is refused before anything is trained."""
@@ -228,6 +235,12 @@ def test_every_cache_is_held_against_the_student(tmp_path, uneven, tiny_student,
         options = where(uneven["plain"], uneven[other])
         with pytest.raises(error, match=says):
             run(options.pop("cache"), student, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_caches_of_all_stages_have_the_students_tokens(tmp_path, uneven, tiny_student):
+    with pytest.raises(CacheMismatchError, match=rf"{uneven['other']}: .*different tokenizers.*1 token more"):
+        run(uneven["plain"], tiny_student, tmp_path / "out", then=[{"cache": uneven["other"]}])
     assert not (tmp_path / "out").exists()
 
 
@@ -491,6 +504,10 @@ def test_a_folder_that_looks_like_a_checkpoint_is_not_put_at_risk(tmp_path, top_
         run(top_cache, tiny_student, tmp_path / "out", max_steps=2)
     assert "another --output" in error.value.hint and list((tmp_path / "out").iterdir()) == [best]
     best.rename(tmp_path / "out" / "best")
+    (tmp_path / "stages" / "checkpoint-best").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"stage 2: .*checkpoint-best is no checkpoint of a run"):
+        run(top_cache, tiny_student, tmp_path / "stages", max_steps=2, then=[{"alpha": 0.0}])
+    assert not (tmp_path / "stages" / "stage-1").exists()
     run(top_cache, tiny_student, tmp_path / "out", max_steps=2)
     assert (tmp_path / "out" / "best").is_dir()
 
