@@ -8,7 +8,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +165,25 @@ def check_same_on_all_ranks(contents: Contents) -> None:
                         f"{now['num_sequences']}: the cache is being written",
                         hint="the same command again, or wait until the dump is done",
                     )
+
+
+def check_in_order(outputs: Sequence[Path]) -> None:
+    """Refuse to train a stage while a later one holds what came of it before: that would go on from a student that there is no more.
+
+    Args:
+        outputs: Of all stages.
+
+    Raises:
+        CacheMismatchError: A stage is not done, and a later one has results or checkpoints.
+    """
+    first = next((i for i, output in enumerate(outputs) if read_mapping(output / RESULTS) is None), len(outputs))
+    for output in outputs[first + 1 :]:
+        if read_mapping(output / RESULTS) is not None or checkpoints(output):
+            raise CacheMismatchError(
+                f"stage {first + 1} is not done ({outputs[first]} holds no results), and {output} holds a later stage, which began with "
+                "another student than the one that would be trained now",
+                hint="--no-resume begins all stages anew; or use another --output",
+            )
 
 
 def check_no_others(output: Path) -> None:

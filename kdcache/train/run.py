@@ -26,6 +26,7 @@ from kdcache.train.resume import (
     RESULTS,
     asked_for_checkpoints,
     begin_anew,
+    check_in_order,
     check_no_others,
     check_same_contents,
     check_same_on_all_ranks,
@@ -126,7 +127,8 @@ def check_stages(stages: Sequence[TrainOptions]) -> None:
     Whether the student can read the caches of all stages is known once it is loaded, see :func:`train_stage`.
 
     Raises:
-        KDCacheError: As the stage itself would say it, with its number.
+        KDCacheError: As the stage itself would say it, with its number; or a later stage holds what came of a student that is to be
+            trained again.
     """
     adapter: dict[str, Any] = {}  # that the stage before will leave
     for number, stage in enumerate(stages, start=1):
@@ -142,6 +144,8 @@ def check_stages(stages: Sequence[TrainOptions]) -> None:
             adapter = stage.lora
         except KDCacheError as error:
             raise type(error)(f"stage {number}: {error.message}", hint=error.hint) from error
+    if stages[0].resume:
+        check_in_order([Path(stage.output) for stage in stages])
 
 
 def train_stage(

@@ -463,6 +463,32 @@ def test_what_was_done_before_a_run_began_anew_is_not_taken_up(tmp_path, top_cac
     assert any(not torch.equal(value, before[name]) for name, value in weights(tmp_path / "out").items())
 
 
+@pytest.mark.parametrize("killed_in_it", [False, True], ids=["done", "has checkpoints"])
+def test_a_stage_is_not_gone_on_with_when_its_student_is_trained_again(
+    tmp_path, top_cache, full_cache, tiny_student, monkeypatch, killed_in_it
+):
+    """The first stage was removed, and its cache is another; the second is done with the old one's student, or on its way."""
+    settings = {"max_steps": 3, "save_steps": 1, "then": [{"alpha": 0.0, "cache": top_cache}]}
+    out = tmp_path / "out"
+    run(top_cache, tiny_student, out, **settings)
+    if killed_in_it:
+        (out / "train_results.json").unlink()
+        assert run(top_cache, tiny_student, out, **settings).results["resumed"], "the first is done: as ever"
+        (out / "train_results.json").unlink()
+    shutil.rmtree(out / "stage-1")
+    with pytest.raises(CacheMismatchError, match=rf"{out / 'stage-1'} holds no results.*, and {out} holds") as error:
+        run(full_cache, tiny_student, out, **settings)
+    assert "--no-resume" in error.value.hint and not (out / "stage-1").exists()
+    run(full_cache, tiny_student, out, **settings, resume=False)
+    with monkeypatch.context() as killed:
+        killed_at(2, killed)
+        with pytest.raises(KilledError):
+            run(full_cache, tiny_student, out, **settings, resume=False)
+    run(full_cache, tiny_student, out, **settings)
+    first, second = (json.loads((one / "train_results.json").read_text()) for one in (out / "stage-1", out))
+    assert first["resumed"] and not second["resumed"], "killed in the first, there is nothing later"
+
+
 def test_checkpoints_that_nobody_asked_for_go_when_there_is_no_more_to_do(
     tmp_path, top_cache, tiny_student, monkeypatch
 ):
