@@ -28,7 +28,7 @@ def command(config: str | None, as_json: bool, **flags: Any) -> None:
     kdcache sweep --output S --train cache=C --train student=M --teacher-cache H --grid alpha=0.5,0.7 --grid temperature=1,2
 
     Run the same command again after a crash, or with a larger grid: what is trained stays, and is evaluated anew only where it, or
-    the held-out cache, is not what it was.
+    the held-out cache, is not what it was. Without --teacher-cache a student that was trained beside another eval_cache fails, and says so.
     """  # noqa: D301 - click's mark for lines to leave alone
     flags = given(flags)
     options = resolve_options(SweepOptions, "sweep", flags, config)

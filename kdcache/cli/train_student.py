@@ -28,7 +28,11 @@ def command(config: str | None, **flags: Any) -> None:
         return
     record = result.results
     if result.already_done:
-        click.echo(f"all done: {options.output} was trained with these very options")
+        told = result.evaluated_otherwise
+        click.echo(
+            f"all done: {options.output} was trained with these very options"
+            + (f", but its results are of other held-out text:{told}" if told else "")
+        )
         return
     held_out = ", ".join(f"{k.removeprefix('eval_')} {v:.4f}" for k, v in record.items() if k.startswith("eval_"))
     click.echo(

@@ -2,7 +2,8 @@
 
 Every student is an ordinary run of ``kdcache train-student`` in a folder of its own, which can be taken up again, looked at and used
 like any other; a run that fails, of whatever error, does not end the others. What a sweep adds is the grid, the evaluation of all students
-on the same text, and the sums. An evaluation is done again unless it was of the same bytes of the held-out cache and of the same run.
+on the same text, and the sums. An evaluation is done again unless it was of the same bytes of the held-out cache and of the same run; without a
+``teacher_cache`` it is part of the training, and a student that was held against another ``eval_cache`` fails by name, for it has no place in the table.
 
 **What is saved** is said from measured times alone: the seconds of the dump, and the tokens that the students were trained on. Distilling
 live, the teacher reads each of these tokens once for each student. A dump's seconds are also those of selecting and encoding what is
@@ -24,7 +25,7 @@ from kdcache.cache.manifest import to_json
 from kdcache.cache.reader import open_cache
 from kdcache.cache.shard import digest
 from kdcache.config import read_mapping, replace_file
-from kdcache.errors import ConfigError, KDCacheError
+from kdcache.errors import CacheMismatchError, ConfigError, KDCacheError
 from kdcache.evaluate.bootstrap import deviation
 from kdcache.progress import Progress
 from kdcache.sweep.grid import Student, SweepOptions, plan_students
@@ -65,7 +66,9 @@ def sweep(options: SweepOptions) -> dict[str, Any]:
     with Progress("sweep", len(students)) as progress:
         for number, student in enumerate(students):
             progress.update(number, f"{number}/{len(students)} students, now {student.folder.name}")
-            error = train_one(student) or evaluate_one(student, options.teacher_cache, measured_on)
+            error = train_one(student, options.teacher_cache) or evaluate_one(
+                student, options.teacher_cache, measured_on
+            )
             if error:
                 failed[student.folder.name] = error
     done = [student for student in students if student.folder.name not in failed]
@@ -112,9 +115,18 @@ def check_metric(metric: str, known: set[str]) -> None:
         )
 
 
-def train_one(student: Student) -> str | None:
-    """Train it, unless that is done; why it failed, or None."""
-    return _without_ending(lambda: train(student.options))
+def train_one(student: Student, teacher_cache: str | None) -> str | None:
+    """Train it, unless that is done; why it failed, or None. Without a teacher_cache it is compared by what training evaluated at its end."""
+    return _without_ending(lambda: _train_and_hold(student, on_eval_cache=teacher_cache is None))
+
+
+def _train_and_hold(student: Student, *, on_eval_cache: bool) -> None:
+    result = train(student.options)
+    if on_eval_cache and result.evaluated_otherwise:
+        raise CacheMismatchError(
+            f"it was trained and evaluated when the held-out text was another:{result.evaluated_otherwise}",
+            hint=f"remove {student.folder}, and it is trained and evaluated anew; or --teacher-cache CACHE evaluates all students on one text",
+        )
 
 
 def evaluate_one(student: Student, teacher_cache: str | None, measured_on: str) -> str | None:
@@ -141,7 +153,7 @@ def _without_ending(job: Callable[[], object]) -> str | None:
     try:
         job()
     except KDCacheError as error:
-        return error.message
+        return str(error)
     except Exception as error:  # whatever it is, memory that ran out as a rule, the others can still be trained
         logger.warning("a run of the sweep failed", exc_info=True)
         return f"{type(error).__name__}: {error}"

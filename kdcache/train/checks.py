@@ -58,6 +58,11 @@ class StageCaches:
             *(reader for reader, _ in self.eval_caches),
         ]
 
+    def held_out(self, options: TrainOptions) -> Iterator[tuple[str, str, Manifest]]:
+        """Option, path and manifest of the held-out ones."""
+        for path, (reader, _) in zip(options.eval_cache, self.eval_caches, strict=True):
+            yield "eval_cache", path, reader.manifest
+
     def trained_on(self, options: TrainOptions) -> Iterator[tuple[str, str, Manifest]]:
         """Option, path and manifest of all but the held-out ones."""
         readers = (

@@ -40,8 +40,9 @@ FREE_TO_CHANGE = {
 }
 # Options that may differ where their product over all ranks does not: which sequences make a step depends on that alone.
 DEALT = ("per_device_train_batch_size", "gradient_accumulation_steps")
-# Options that name caches of which sequences are trained on.
+# Options that name caches of which sequences are trained on, and the one of held-out text.
 TRAINED_ON = ("cache", "student_cache", "rollout_cache")
+HELD_OUT = "eval_cache"
 BEGIN_ANEW = "use another --output, or --no-resume to begin anew"
 
 Contents = dict[str, dict[str, dict[str, Any]]]
@@ -112,9 +113,11 @@ def contents_of(manifests: Iterable[tuple[str, str, Manifest]]) -> Contents:
     return contents
 
 
-def reachable_manifests(options: TrainOptions) -> Iterator[tuple[str, str, Manifest]]:
+def reachable_manifests(
+    options: TrainOptions, names: Sequence[str] = TRAINED_ON
+) -> Iterator[tuple[str, str, Manifest]]:
     """Option, path and manifest of the caches that can be read now: a student that is trained no longer needs any."""
-    for option in TRAINED_ON:
+    for option in names:
         for path in getattr(options, option):
             try:
                 yield option, path, current_manifest(open_store(path))
@@ -132,8 +135,21 @@ def check_same_contents(output: Path, contents: Mapping[str, Mapping[str, Mappin
     """
     if read_mapping(output / RESULTS) is None and not checkpoints(output):
         return
-    begun = (read_mapping(output / PROVENANCE) or {}).get("contents", {})
-    lines = [
+    if lines := _differences(output, contents):
+        raise CacheMismatchError(
+            f"{output} holds a run over caches that held something else:{''.join(lines)}", hint=BEGIN_ANEW
+        )
+
+
+def _begun(output: Path) -> Contents:
+    """What the caches held, as far as the output tells."""
+    found: Contents = (read_mapping(output / PROVENANCE) or {}).get("contents", {})
+    return found
+
+
+def _differences(output: Path, contents: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    begun = _begun(output)
+    return [
         f"\n  --{option.replace('_', '-')} {path}: {name} was {before[name]}, is {now[name]}"
         for option, paths in contents.items()
         for path, now in paths.items()
@@ -141,10 +157,28 @@ def check_same_contents(output: Path, contents: Mapping[str, Mapping[str, Mappin
         for name in now
         if before[name] != now[name]
     ]
-    if lines:
-        raise CacheMismatchError(
-            f"{output} holds a run over caches that held something else:{''.join(lines)}", hint=BEGIN_ANEW
-        )
+
+
+def evaluated_otherwise(output: Path, options: TrainOptions) -> str:
+    """On which held-out text the results of a finished run are, where that is not what is asked for now; empty where it is.
+
+    A cache that cannot be read is taken to be what it was; so is one of which an earlier kdcache did not tell what it held.
+    """
+    before_file = output / OPTIONS
+    if not before_file.is_file():
+        return ""
+    before = read_section(str(before_file), "train-student").get(HELD_OUT) or {}
+    contents = contents_of(reachable_manifests(options, (HELD_OUT,)))
+    held = [(weight, contents.get(HELD_OUT, {}).get(path)) for path, weight in options.eval_cache.items()]
+    held_before = [(weight, _begun(output).get(HELD_OUT, {}).get(path)) for path, weight in before.items()]
+    if before == options.eval_cache:
+        return "".join(_differences(output, contents))
+    if held == held_before and all(one is not None for _, one in held):
+        return ""  # the same under another path
+    was, asked = (
+        ", ".join(f"{path}:{weight:g}" for path, weight in one.items()) for one in (before, options.eval_cache)
+    )
+    return f"\n  --eval-cache: was {was or 'none'}, this asks for {asked or 'none'}"
 
 
 def check_same_on_all_ranks(contents: Contents) -> None:

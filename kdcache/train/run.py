@@ -32,6 +32,7 @@ from kdcache.train.resume import (
     check_same_on_all_ranks,
     check_same_run,
     contents_of,
+    evaluated_otherwise,
     last_checkpoint,
     reachable_manifests,
     remove_checkpoints,
@@ -52,11 +53,13 @@ class TrainResult:
 
     Its ``train_tokens`` are those of the sequences trained on, each as often as it was, over all ranks, before and after a resume: counted
     as ``num_positions`` of a cache are, prompts too, padding not. ``tokens_per_second`` and ``train_seconds`` are of this run alone.
-    Of several stages they are those of the last, whose ``stages`` tell of each, itself too.
+    Of several stages they are those of the last, whose ``stages`` tell of each, itself too. Where all was done already, ``evaluated_otherwise``
+    says on which held-out text, if that is not the one that is asked for.
     """
 
     results: dict[str, Any]
     already_done: bool = False
+    evaluated_otherwise: str = ""
 
 
 def train(options: TrainOptions) -> TrainResult:
@@ -166,7 +169,7 @@ def train_stage(
     check_same_run(output, options)
     if options.resume and (done := read_mapping(output / RESULTS)) is not None:
         check_same_contents(output, contents_of(reachable_manifests(options)))
-        return TrainResult(done, already_done=True)
+        return TrainResult(done, already_done=True, evaluated_otherwise=evaluated_otherwise(output, options))
     check_no_others(output)
     found = check_recipe(options)
     contents = contents_of(found.trained_on(options))
@@ -223,7 +226,7 @@ def train_stage(
     if trainer.is_world_process_zero():
         if not options.resume:  # else a later run that is told to resume would take up the one before
             begin_anew([output, *(Path(stage.output) for stage in later)])
-        told = {**step_of(options), "contents": contents}
+        told = {**step_of(options), "contents": contents | contents_of(found.held_out(options))}
         write_provenance(output, "train-student", "train-student", options, str(arguments.device), **told)
     checkpoint = last_checkpoint(output) if options.resume else None
     if checkpoint:

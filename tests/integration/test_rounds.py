@@ -399,6 +399,16 @@ def test_two_stages_are_two_runs(folder, tiny_student, tmp_path):
     assert "| loss, stage 2 | (1 - alpha) CE + alpha T² forward_kl, alpha = 0.0, T = 1.0 |" in card
 
 
+def test_a_finished_run_says_which_held_out_text_its_results_are_of(folder, tiny_student, tmp_path):
+    asked = ["--cache", folder / "real", "--max-steps", 1]
+    train(folder, tiny_student, tmp_path / "s", *asked, "--eval-cache", folder / "real")
+    again = train(folder, tiny_student, tmp_path / "s", *asked, "--eval-cache", folder / "real")
+    assert again.strip().endswith("was trained with these very options")
+    other = train(folder, tiny_student, tmp_path / "s", *asked, "--eval-cache", folder / "answers")
+    says = f"results are of other held-out text: --eval-cache: was {folder}/real:1, this asks for {folder}/answers:1"
+    assert says in " ".join(other.split())
+
+
 def test_what_belonged_to_the_loss_and_the_caches_of_a_stage_ends_with_it(folder, tiny_student, tmp_path):
     """Arguments, shares and the student's text; unless the next stage names them itself."""
     first = {

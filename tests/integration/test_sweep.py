@@ -285,6 +285,45 @@ def test_an_evaluation_of_another_run_or_of_other_text_is_not_taken_for_this_one
     assert (folder / "evaluation.json").stat().st_mtime_ns == at
 
 
+@pytest.mark.parametrize("change", ["another", "made anew", "none before", "moved", "of an earlier kdcache"])
+def test_what_training_evaluated_on_other_text_is_not_ranked_with_the_rest(
+    caches, tiny_student, tiny_teacher, corpus_file, tmp_path, change
+):
+    """Without a teacher_cache: a student of the first sweep fails by name in a larger one; one that was held against the same text does not."""
+    held = tmp_path / "held"
+    shutil.copytree(caches / "held", held)
+    first = {"teacher_cache": str(caches / "held")} if change == "none before" else {"train": {"eval_cache": str(held)}}
+    assert not sweep(asked(caches, tiny_student, tmp_path / "out", {"alpha": "1"}, **first))["failed"]
+    folder = tmp_path / "out" / "students" / "alpha=1_seed=0"
+    if change == "another":
+        held = caches / "cache"
+    elif change == "made anew":
+        shutil.rmtree(held)
+        dump(options(tiny_teacher, corpus_file, held, targets="hidden", split="train[8:12]"))
+    elif change == "moved":
+        held = held.rename(tmp_path / "elsewhere")
+    elif change == "of an earlier kdcache":
+        told = json.loads((folder / "train-student.provenance.json").read_text())
+        del told["contents"]["eval_cache"]
+        (folder / "train-student.provenance.json").write_text(json.dumps(told))
+    more = asked(caches, tiny_student, tmp_path / "out", {"alpha": "1,0.5"}, train={"eval_cache": str(held)})
+    found = sweep(more)
+    if change in ("moved", "of an earlier kdcache"):
+        assert not found["failed"]
+        return
+    assert list(found["failed"]) == ["alpha=1_seed=0"] and [one["point"] for one in found["points"]] == [{"alpha": 0.5}]
+    says = {
+        "another": f"--eval-cache: was {tmp_path / 'held'}:1, this asks for {held}:1",
+        "made anew": f"--eval-cache {held}: fingerprint was",
+        "none before": f"--eval-cache: was none, this asks for {held}:1",
+    }
+    assert says[change] in found["failed"]["alpha=1_seed=0"] and f"remove {folder}" in found["failed"]["alpha=1_seed=0"]
+    exact = more.model_copy(update={"teacher_cache": str(caches / "held")})
+    assert len(sweep(exact)["points"]) == 2, "which evaluates all students"
+    shutil.rmtree(folder)
+    assert len(sweep(more)["points"]) == 2
+
+
 @pytest.mark.parametrize("name", ["output", "seed", "resume"])
 def test_what_the_sweep_sets_is_not_for_train_to_say(caches, tiny_student, tmp_path, name):
     """Refused where it was said of the sweep; passed over in the section of a config file, which is train-student's."""
