@@ -60,14 +60,8 @@ def check_same_run(output: Path, options: TrainOptions) -> None:
 
     Raises:
         CacheMismatchError: Options differ that change what is computed, or the sequences of a step, however they are dealt to ranks.
-        ConfigError: The run begins anew with a student that would be removed first.
     """
     if not options.resume:
-        if Path(options.student).resolve() in {folder.resolve() for folder in checkpoints(output)}:
-            raise ConfigError(
-                f"--student {options.student} is a checkpoint in {output}, which --no-resume removes",
-                hint="use another --output",
-            )
         return
     before_file = output / OPTIONS
     if not before_file.is_file():
@@ -95,6 +89,20 @@ def check_same_run(output: Path, options: TrainOptions) -> None:
             f"{output} holds a run with other settings:{''.join(lines)}",
             hint=BEGIN_ANEW,
         )
+
+
+def check_student_stays(student: str, outputs: Iterable[Path]) -> None:
+    """Refuse to begin anew with a student that would be removed first.
+
+    Raises:
+        ConfigError: It is a checkpoint in one of the outputs.
+    """
+    for output in outputs:
+        if Path(student).expanduser().resolve() in {folder.resolve() for folder in checkpoints(output)}:
+            raise ConfigError(
+                f"--student {student} is a checkpoint in {output}, which --no-resume removes",
+                hint="use another --output",
+            )
 
 
 def contents_of(manifests: Iterable[tuple[str, str, Manifest]]) -> Contents:

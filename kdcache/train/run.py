@@ -31,6 +31,7 @@ from kdcache.train.resume import (
     check_same_contents,
     check_same_on_all_ranks,
     check_same_run,
+    check_student_stays,
     contents_of,
     evaluated_otherwise,
     last_checkpoint,
@@ -71,6 +72,8 @@ def train(options: TrainOptions) -> TrainResult:
     """
     check_no_cache(options.output)
     stages = stages_of(options)
+    if not options.resume:
+        check_student_stays(options.student, [Path(stage.output) for stage in stages])
     if len(stages) > 1:
         check_stages(stages)
     earlier: list[dict[str, Any]] = []

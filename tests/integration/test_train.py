@@ -463,6 +463,19 @@ def test_what_was_done_before_a_run_began_anew_is_not_taken_up(tmp_path, top_cac
     assert any(not torch.equal(value, before[name]) for name, value in weights(tmp_path / "out").items())
 
 
+def test_a_student_that_beginning_anew_would_remove_is_refused(tmp_path, top_cache, tiny_student):
+    """A checkpoint of the output, or of any stage's."""
+    settings = {"max_steps": 2, "save_steps": 1, "then": [{"alpha": 0.0}]}
+    out = tmp_path / "out"
+    run(top_cache, tiny_student, out, **settings)
+    for then, folder in ((settings["then"], out), (settings["then"], out / "stage-1"), ([], out)):
+        student = str(folder / "checkpoint-1")
+        with pytest.raises(ConfigError, match=f"{student} is a checkpoint in {folder}, which --no-resume removes"):
+            run(top_cache, student, out, **settings | {"then": then}, resume=False)
+        assert (folder / "checkpoint-1" / "model.safetensors").is_file() and (out / "train_results.json").is_file()
+    run(top_cache, str(out / "checkpoint-1"), tmp_path / "next", **settings, resume=False)
+
+
 @pytest.mark.parametrize("killed_in_it", [False, True], ids=["done", "has checkpoints"])
 def test_a_stage_is_not_gone_on_with_when_its_student_is_trained_again(
     tmp_path, top_cache, full_cache, tiny_student, monkeypatch, killed_in_it
