@@ -133,9 +133,15 @@ def check_recipes(options: TrainOptions) -> None:
     """Refuse what a run would refuse once its turn comes, in any of its stages: a loss, schedule, temperature or mix that its caches cannot give.
 
     Raises:
+        ConfigError: A stage would take a cache that is still being made: students of the same sweep would not learn from the same sequences.
         KDCacheError: As ``train-student`` says it.
     """
     for stage in stages_of(options):
+        if stage.allow_incomplete:
+            raise ConfigError(
+                "allow_incomplete: a sweep compares students of the same sequences, and sums up what whole caches cost",
+                hint="leave it out, and wait until the dump is done (kdcache status CACHE)",
+            )
         check_recipe(stage)
 
 
