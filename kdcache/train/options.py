@@ -112,8 +112,8 @@ class TrainOptions(Options):
             default_factory=list,
             title="'OPTION=VALUE ...'",
             description="Go on with the student that comes out, under other options: a second stage, as 'cache=TASK alpha=0 max_steps=100'. Can be "
-            "given again. Other options are those of the stage before, but --loss-args go with its loss, --mix with its caches. All stages are "
-            "checked before the first trains. Earlier ones are kept in OUTPUT/stage-1, ...",
+            "given again. Other options are those of the stage before, but --loss-args go with its loss, --mix with its caches, --max-steps where "
+            "num_train_epochs is named. All stages are checked before the first trains. Earlier ones are kept in OUTPUT/stage-1, ...",
         ),
     ]
     lora: Annotated[

@@ -111,6 +111,8 @@ def stages_of(options: TrainOptions) -> list[TrainOptions]:
 def carried_over(before: TrainOptions, values: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
     """What was asked of a stage and holds for the next: not arguments of a loss that is another now, nor text and shares that went with it.
 
+    Nor does ``max_steps``, which would win, where the next names ``num_train_epochs``.
+
     Args:
         before: The stage.
         values: What was asked of it.
@@ -124,6 +126,8 @@ def carried_over(before: TrainOptions, values: dict[str, Any], changed: dict[str
         gone |= {"student_cache", "rollout_cache", "mix"}
     if "cache" in changed and parse_weighted(changed["cache"]) != before.cache:
         gone.add("mix")
+    if "num_train_epochs" in changed:
+        gone.add("max_steps")
     return {name: value for name, value in values.items() if name not in gone}
 
 

@@ -438,6 +438,17 @@ def test_what_belonged_to_the_loss_and_the_caches_of_a_stage_ends_with_it(folder
     assert "mix" not in results and results["objective"]["loss_args"] == {}
 
 
+def test_a_stage_that_counts_epochs_does_not_stop_at_the_steps_of_the_one_before():
+    first = {"cache": ["real"], "student": "s", "output": "o", "max_steps": 1000}
+
+    def steps(**changed):
+        return [one.max_steps for one in stages_of(check_options(TrainOptions, "train-student", first | changed))]
+
+    assert steps(then=[{"num_train_epochs": 3}, {"alpha": 0}]) == [1000, -1, -1]
+    assert steps(then=[{"num_train_epochs": 3, "max_steps": 5}, {"alpha": 0}]) == [1000, 5, 5]
+    assert steps(then=[{"alpha": 0}], num_train_epochs=3) == [1000, 1000], "neither is the next stage's own"
+
+
 def test_a_folder_with_another_run_is_refused_before_the_first_stage(folder, tiny_student, tmp_path):
     train(folder, tiny_student, tmp_path / "s", "--cache", folder / "real", "--max-steps", 1)
     asked = ["--cache", folder / "real", "--max-steps", 1, "--then", "alpha=0"]
