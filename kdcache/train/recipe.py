@@ -291,7 +291,7 @@ def _warn_of_selection(reader: CacheReader) -> None:
     if spec is None:
         return
     dropped = {
-        f"--min-tokens {spec.min_tokens}": stats.num_answers_short * (spec.min_tokens > 1),  # an empty one has no loss
+        f"--min-tokens {spec.min_tokens}": stats.num_answers_short,  # of 1: those that end at once, whose end is a target too
         f"--max-repetition {spec.max_repetition:g}": stats.num_answers_repetitive,
         "--no-keep-unfinished": stats.num_answers_unfinished,
         f"--no-keep-duplicates of {spec.num_answers} answers a prompt": stats.num_answers_duplicate,

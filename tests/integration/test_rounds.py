@@ -333,7 +333,9 @@ def test_minillm_says_once_which_rollouts_were_dropped(folder, caplog):
     nothing = dict.fromkeys(
         ("num_answers_short", "num_answers_repetitive", "num_answers_unfinished", "num_answers_duplicate"), 0
     )
-    assert said({"min_tokens": 1}, nothing | {"num_answers_short": 3}) == []
+    assert said({"min_tokens": 1}, nothing) == said({"min_tokens": 0}, nothing) == []
+    (warning,) = said({"min_tokens": 1}, nothing | {"num_answers_short": 3})
+    assert "sampled: 3 by --min-tokens 1." in warning, "an answer that ends at once has a target, its end"
     (warning,) = said(
         {"min_tokens": 5, "max_repetition": 0.5}, nothing | {"num_answers_short": 3, "num_answers_repetitive": 2}
     )
