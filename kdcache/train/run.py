@@ -124,11 +124,18 @@ def carried_over(before: TrainOptions, values: dict[str, Any], changed: dict[str
         gone.add("loss_args")
     if before.student_cache and loss not in TWO_TEXT_LOSSES:
         gone |= {"student_cache", "rollout_cache", "mix"}
-    if "cache" in changed and parse_weighted(changed["cache"]) != before.cache:
+    if "cache" in changed and _caches(changed["cache"]) != before.cache:
         gone.add("mix")
     if "num_train_epochs" in changed:
         gone.add("max_steps")
     return {name: value for name, value in values.items() if name not in gone}
+
+
+def _caches(given: Any) -> Any:
+    try:
+        return parse_weighted(given)
+    except ValueError:  # said where the options of the stage are checked
+        return None
 
 
 def check_stages(stages: Sequence[TrainOptions]) -> None:

@@ -364,6 +364,8 @@ def test_minillm_says_once_which_rollouts_were_dropped(folder, caplog):
         (["--cache", "{}/real", "--then", "max_steps=1", "--then", "temperature=3"], "stage 3: temperature 3 is not declared"),
         (["--cache", "{}/real", "--then", "loss=jsd loss_args='{bta: 0.3}'"], "stage 2: loss jsd has no argument 'bta'"),
         (["--cache", "{}/real", "--then", "cache=[{}/real,{}/answers]"], "stage 2: {}/answers and {}/real hold different sequences"),
+        (["--cache", "{}/real", "--then", "cache=[{}/real,{}/real]"], "train-student: cache: {}/real is named twice"),
+        (["--cache", "{}/real", "--cache", "{}/real"], "train-student: cache: {}/real is named twice"),
         (["--cache", "{}/real", "--then", "cache=[{}/real,{}/answers] mix=real:1"], "stage 2: --mix gives no share to {}/answers"),
         (["--cache", "{}/real", "--then", "lr_scheduler_type=cosin"], "stage 2: training: "),
     ],

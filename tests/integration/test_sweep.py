@@ -448,6 +448,7 @@ def test_a_config_of_the_sweep_alone_is_enough(caches, tiny_student, tmp_path, s
         ({"top_k": "9"}, {}, "the cache keeps 8 entries"),
         ({"alpha": "0.5"}, {"train": {"student": None}}, "student"),
         ({"alpha": "0.5"}, {"train": {"then": ["temperature=3"]}}, "temperature 3 is not declared"),
+        ({"alpha": "0.5"}, {"train": {"then": ["cache=[a,a]"]}}, "cache: a is named twice"),
         ({"alpha": "0.5"}, {"train": {"allow_incomplete": True}}, "allow_incomplete: (.|\n)*hint: .*kdcache status"),
         ({"allow_incomplete": "false,true"}, {}, "allow_incomplete: "),
         ({"alpha": "0.5"}, {"train": {"then": ["allow_incomplete=true"]}}, "allow_incomplete: "),
