@@ -228,14 +228,21 @@ def check_in_order(outputs: Sequence[Path]) -> None:
             )
 
 
-def check_no_others(output: Path) -> None:
+def check_no_others(output: Path, arguments: Any) -> None:
     """Refuse to write checkpoints beside a folder that is none and is named as if it were.
 
-    transformers' Trainer, when it makes room for its own, removes what begins with ``checkpoint-``, whatever follows.
+    transformers' Trainer, when it makes room for its own, removes what begins with ``checkpoint-``, whatever follows. Where it makes none, or keeps
+    all, nothing is at risk.
+
+    Args:
+        output: Of the run.
+        arguments: Its ``TrainingArguments``.
 
     Raises:
         ConfigError: There is such a folder.
     """
+    if arguments.save_strategy == "no" or (arguments.save_total_limit or 0) <= 0:
+        return
     others = [f.name for f in output.glob("checkpoint-*") if f.is_dir() and not CHECKPOINT.fullmatch(f.name)]
     if others:
         raise ConfigError(

@@ -153,9 +153,8 @@ def check_stages(stages: Sequence[TrainOptions]) -> None:
             check_same_run(Path(stage.output), stage)
             if stage.resume and read_mapping(Path(stage.output) / RESULTS) is not None:
                 continue
-            check_no_others(Path(stage.output))
+            check_no_others(Path(stage.output), training_arguments(stage))
             check_sequences(stage, check_recipe(stage))
-            training_arguments(stage)
             if stage.lora:
                 check_lora(stage.lora, adapter)
             adapter = stage.lora
@@ -184,7 +183,6 @@ def train_stage(
     if options.resume and (done := read_mapping(output / RESULTS)) is not None:
         check_same_contents(output, contents_of(reachable_manifests(options)))
         return TrainResult(done, already_done=True, evaluated_otherwise=evaluated_otherwise(output, options))
-    check_no_others(output)
     found = check_recipe(options)
     contents = contents_of(found.trained_on(options))
     if options.resume:
@@ -201,6 +199,7 @@ def train_stage(
     source = find_model(options.student)
     tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
     arguments = training_arguments(options)
+    check_no_others(output, arguments)
     adapter = source.adapter if options.lora else None  # trained on, where adapters are asked for; else merged
     model = load_model(
         dataclasses.replace(source, adapter=None) if adapter else source,

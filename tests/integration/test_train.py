@@ -551,6 +551,19 @@ def test_a_folder_that_looks_like_a_checkpoint_is_not_put_at_risk(tmp_path, top_
     assert (tmp_path / "out" / "best").is_dir()
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"save_steps": 0}, {"save_steps": 1, "training": {"dataloader_pin_memory": False, "save_total_limit": None}}],
+    ids=["none are made", "all are kept"],
+)
+def test_it_is_no_hindrance_where_nothing_is_removed(tmp_path, top_cache, tiny_student, settings):
+    best = tmp_path / "checkpoint-best"
+    best.mkdir()
+    run(top_cache, tiny_student, tmp_path, max_steps=4, **settings)
+    run(top_cache, tiny_student, tmp_path, max_steps=4, then=[{"alpha": 0.0}], resume=False, **settings)
+    assert best.is_dir()
+
+
 def every_second(options):
     """As the default would be, had it been 2."""
     arguments = training_arguments(options)
