@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from kdcache import models
 from kdcache.errors import ConfigError, ModelError
 from kdcache.model_files import find_model, find_named_model, model_digest
 from kdcache.models import (
@@ -21,6 +22,20 @@ from kdcache.models import (
 )
 from tests.conftest import VOCAB_SIZE, make_llama, make_tokenizer
 from tests.unit.test_heads import build
+
+
+@pytest.mark.parametrize(
+    ("has", "dtype", "says"), [(False, "bfloat16", 1), (True, "bfloat16", 0), (False, "float32", 0)]
+)
+def test_a_cpu_without_bfloat16_is_told_of_once(tiny_teacher, monkeypatch, caplog, has, dtype, says):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: has, raising=False)
+    monkeypatch.setattr(models.platform, "machine", lambda: "x86_64")
+    models._warn_about_bfloat16.cache_clear()
+    for _ in range(2):
+        load_model(find_model(tiny_teacher), dtype=getattr(torch, dtype))
+    assert caplog.text.count("float32 is two to three times as fast here") == says
+
 
 # --- where a model is -------------------------------------------------------------------------------------------------
 
