@@ -383,6 +383,10 @@ def measure(root: Path, folder: Path, student: str, place: str, args: argparse.N
     return dict(evaluate_model(student, TeacherStates(open_cache(cache), pick_device())).as_dict())
 
 
+def variants_of(experiment: str, args: argparse.Namespace) -> list[str]:
+    return [name for name in EXPERIMENTS[experiment][1] if not any(part in name for part in args.skip)]
+
+
 def result_file(root: Path, experiment: str, name: str, seed: int) -> Path:
     return root / f"{experiment}-{name}-{seed}.json".replace(" ", "").replace(",", "-")
 
@@ -391,7 +395,7 @@ def report(root: Path, args: argparse.Namespace) -> None:
     """A table for each experiment: each variant, and its difference from the first in every seed."""
     parts = []
     for experiment in args.only:
-        title, variants, columns = EXPERIMENTS[experiment]
+        (title, _, columns), variants = EXPERIMENTS[experiment], variants_of(experiment, args)
         whole = [
             s for s in range(args.seeds) if all(result_file(root, experiment, name, s).exists() for name in variants)
         ]
@@ -464,6 +468,9 @@ def main() -> None:
     parser.add_argument(
         "--only", type=lambda text: text.split(","), default=list(EXPERIMENTS), help="experiments, separated by commas"
     )
+    parser.add_argument(
+        "--skip", action="append", default=[], metavar="WORDS", help="leave out variants whose name has these words"
+    )
     parser.add_argument("--report", action="store_true", help="only write down what --root has")
     parser.add_argument(
         "--root", help="keep caches and students here, and go on from what is there (with the same options)"
@@ -480,7 +487,7 @@ def main() -> None:
             return report(root, args)
         make_caches(root, args)
         init_students(root, args.teacher, args.seeds)
-        names = [(e, name, seed) for e in args.only for seed in range(args.seeds) for name in EXPERIMENTS[e][1]]
+        names = [(e, name, seed) for e in args.only for seed in range(args.seeds) for name in variants_of(e, args)]
         with ProcessPoolExecutor(args.jobs, mp_context=FORKS) as pool:
             list(pool.map(base_student, [root] * args.seeds, range(args.seeds), [args] * args.seeds))
             running = {
