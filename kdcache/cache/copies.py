@@ -23,18 +23,21 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import BufferedRandom
 from pathlib import Path
 
 import xxhash
 
 from kdcache.cache.layout import ABANDONED_SECONDS
-from kdcache.cache.mapped import map_file
+from kdcache.cache.mapped import map_file, map_open_file
 from kdcache.errors import CacheCorruptError, CacheError, ConfigError, StoreUnavailableError
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_GB = 100.0
 SUFFIX, ORIGIN = ".arrow", ".origin"
+# Hands an original to a function, part by part; returns its version.
+Fetch = Callable[[Callable[[bytes], object]], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +78,7 @@ class LocalCopies:
         digest: str,
         num_bytes: int,
         origin: str,
-        fetch: Callable[[Callable[[bytes], object]], str],
+        fetch: Fetch,
         *,
         check: bool = True,
     ) -> mmap.mmap:
@@ -116,28 +119,16 @@ class LocalCopies:
             f"{origin}: digest {digest} was committed, the bytes in the store have another (fetched twice)"
         )
 
-    def _fetch(
-        self, path: Path, digest: str, num_bytes: int, origin: str, fetch: Callable[[Callable[[bytes], object]], str]
-    ) -> mmap.mmap | None:
+    def _fetch(self, path: Path, digest: str, num_bytes: int, origin: str, fetch: Fetch) -> mmap.mmap | None:
         """A new copy, mapped before it gets its name; None if the store's bytes are others."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._make_room(num_bytes)
         handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".part")
-        state = xxhash.xxh3_128()
         try:
-            with os.fdopen(handle, "wb") as file:
-
-                def write(part: bytes) -> None:
-                    state.update(part)
-                    file.write(part)
-
-                version = fetch(write)
-            if state.hexdigest() != digest:
+            with os.fdopen(handle, "w+b") as file:
+                copy, _, version = _fetched(file, origin, fetch, digest)
+            if copy is None:
                 return None
-            try:
-                copy = map_file(Path(temporary), num_bytes, digest)
-            except CacheError as error:  # this disk, not the store
-                raise OSError(errno.EIO, "what is read back is not what was written") from error
             # Before the copy, and removed after it: no copy is left without, or it could never go.
             about = path.with_suffix(ORIGIN)
             about.write_text(f"{origin}\n{version}")
@@ -178,3 +169,55 @@ class LocalCopies:
         """Whether the original of a copy is still the version that was fetched."""
         origin, _, version = path.with_suffix(ORIGIN).read_text().partition("\n")
         return bool(version) and self.version_of(origin) == version
+
+
+def map_without_copy(origin: str, fetch: Fetch, digest: str | None) -> mmap.mmap:
+    """A read-only map of an original, in a file without a name that goes with it; fetched a second time where the first gave other bytes.
+
+    Args:
+        origin: URL of the original.
+        fetch: As for :meth:`LocalCopies.open`.
+        digest: Of the bytes; None where it does not matter.
+
+    Raises:
+        CacheCorruptError: The original has another digest, when fetched a second time too.
+        StoreUnavailableError: There is no room for it, or what is read back is not what was written.
+    """
+    try:
+        for _ in range(2):
+            with tempfile.TemporaryFile() as file:
+                data, found, _ = _fetched(file, origin, fetch, digest)
+            if data is not None:
+                return data
+    except OSError as error:
+        # gettempdir itself fails where there is no folder.
+        folder = os.environ.get("TMPDIR", "the folder for temporary files")
+        raise StoreUnavailableError(
+            f"{folder}: cannot hold {origin} ({error.strerror or error})", hint="TMPDIR names another folder"
+        ) from error
+    raise CacheCorruptError(
+        f"{origin}: digest {digest} was committed, the bytes in the store have {found} (fetched twice)"
+    )
+
+
+def _fetched(file: BufferedRandom, origin: str, fetch: Fetch, digest: str | None) -> tuple[mmap.mmap | None, str, str]:
+    """The map of an empty file that an original was written to, None if the store's bytes are others; their digest, and their version.
+
+    Raises:
+        OSError: This disk cannot hold them, or does not give back what was written.
+    """
+    state = xxhash.xxh3_128()
+
+    def write(part: bytes) -> None:
+        state.update(part)
+        file.write(part)
+
+    version, found = fetch(write), state.hexdigest()
+    if digest is not None and found != digest:
+        return None, found, version
+    num_bytes = file.tell()
+    file.seek(0)  # which also flushes
+    try:
+        return map_open_file(file, origin, num_bytes, digest), found, version
+    except CacheError as error:  # this disk, not the store
+        raise OSError(errno.EIO, "what is read back is not what was written") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+from io import BufferedRandom, BufferedReader
 from pathlib import Path
 
 import xxhash
@@ -31,14 +32,21 @@ def map_file(path: Path, num_bytes: int, digest: str | None = None) -> mmap.mmap
         CacheCorruptError: It has another digest.
     """
     with open_file(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size != num_bytes or size == 0:
-            raise StoreError(f"{path}: {num_bytes} bytes were committed, found {size}")
-        # In pieces that stay in the processor's cache.
-        found = digest and hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
-        if found != digest:
-            raise CacheCorruptError(f"digest {digest} was committed, the bytes on disk have {found} ({path})")
-        try:
-            return mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_READ)
-        except ValueError as error:  # cut short since it was read
-            raise StoreError(f"{path}: {num_bytes} bytes were committed, found fewer") from error
+        return map_open_file(file, str(path), num_bytes, digest)
+
+
+def map_open_file(
+    file: BufferedReader | BufferedRandom, name: str, num_bytes: int, digest: str | None = None
+) -> mmap.mmap:
+    """:func:`map_file` of a file that is open, at its beginning."""
+    size = os.fstat(file.fileno()).st_size
+    if size != num_bytes or size == 0:
+        raise StoreError(f"{name}: {num_bytes} bytes were committed, found {size}")
+    # In pieces that stay in the processor's cache.
+    found = digest and hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+    if found != digest:
+        raise CacheCorruptError(f"digest {digest} was committed, the bytes on disk have {found} ({name})")
+    try:
+        return mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_READ)
+    except ValueError as error:  # cut short since it was read
+        raise StoreError(f"{name}: {num_bytes} bytes were committed, found fewer") from error

@@ -19,20 +19,17 @@ import contextlib
 import errno
 import logging
 import mmap
-import os
 import re
 import sys
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 import fsspec
-import xxhash
 
-from kdcache.cache.copies import LocalCopies
+from kdcache.cache.copies import LocalCopies, map_without_copy
 from kdcache.cache.layout import ABANDONED_SECONDS, TABLES, TEMPORARY
 from kdcache.cache.limits import MAX_FILE_BYTES, enough_memory, max_file_bytes
 from kdcache.errors import CacheCorruptError, CacheNotFoundError, ConfigError, StoreError, StoreUnavailableError
@@ -149,7 +146,7 @@ class RemoteStore:
                 return _version(info)
 
         if original:
-            return _map_unnamed(f"{self}/{name}", fetch, digest)
+            return map_without_copy(f"{self}/{name}", fetch, digest)
         copies, named = LocalCopies.from_environment(version_of), PurePosixPath(name).stem.rpartition("-")[2]
         return copies.open(named, num_bytes, f"{self}/{name}", fetch, check=digest is not None)
 
@@ -386,41 +383,6 @@ def _is_taken(error: OSError) -> bool:
 def _is_unknown(error: OSError) -> bool:
     """Whether the store does not know how to refuse what exists, and says so (501 Not Implemented)."""
     return error.errno in (errno.ENOSYS, errno.ENOTSUP) or "notimplemented" in str(error).lower().replace(" ", "")
-
-
-def _map_unnamed(origin: str, fetch: Callable[[Callable[[bytes], object]], str], digest: str | None) -> mmap.mmap:
-    """Fetched into a file without a name, which goes with its map; a second time where the first gave other bytes.
-
-    Raises:
-        CacheCorruptError: It has another digest.
-        StoreUnavailableError: There is no room for it, or what is read back is not what was written.
-    """
-    try:
-        for _ in range(2):
-            state = xxhash.xxh3_128()
-            with tempfile.TemporaryFile() as file:
-
-                def write(part: bytes, file: BinaryIO = file, state: xxhash.xxh3_128 = state) -> None:
-                    state.update(part)
-                    file.write(part)
-
-                fetch(write)
-                file.flush()
-                if digest is not None and state.hexdigest() != digest:
-                    continue
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                if digest is not None and xxhash.xxh3_128_hexdigest(data) != digest:
-                    raise OSError(errno.EIO, "what is read back is not what was written")
-                return data
-    except OSError as error:
-        # gettempdir itself fails where there is no folder.
-        folder = os.environ.get("TMPDIR", "the folder for temporary files")
-        raise StoreUnavailableError(
-            f"{folder}: cannot hold {origin} ({error.strerror or error})", hint="TMPDIR names another folder"
-        ) from error
-    raise CacheCorruptError(
-        f"{origin}: digest {digest} was committed, the bytes in the store have {state.hexdigest()} (fetched twice)"
-    )
 
 
 def _failures(names: tuple[str, ...]) -> tuple[type[Exception], ...]:

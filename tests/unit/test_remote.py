@@ -494,7 +494,7 @@ def a_disk_that_keeps_other_bytes(monkeypatch):
         os.close(handle)
         return Rotten(path, "r+")
 
-    monkeypatch.setattr(remote.tempfile, "TemporaryFile", temporary_file)
+    monkeypatch.setattr(tempfile, "TemporaryFile", temporary_file)
 
 
 @pytest.mark.parametrize("trouble", [a_transfer_that_loses_bytes, a_disk_that_keeps_other_bytes])
