@@ -113,8 +113,10 @@ def check_reads(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cach
     Raises:
         CacheMismatchError: Another tokenizer, fewer embeddings or a shorter context than one of them needs.
     """
-    asked = {(one.spec.tokenizer.digest, one.vocab_size, one.spec.corpus.seq_len): one for one in reversed([*caches])}
-    for one in reversed(asked.values()):
+    asked: dict[tuple[str, int, int], CacheReader] = {}
+    for one in caches:
+        asked.setdefault((one.spec.tokenizer.digest, one.vocab_size, one.spec.corpus.seq_len), one)
+    for one in asked.values():
         try:
             check_student(model, tokenizer, one.spec.tokenizer, one.vocab_size, one.spec.corpus.seq_len)
         except CacheMismatchError as error:

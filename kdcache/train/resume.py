@@ -177,10 +177,11 @@ def evaluated_otherwise(output: Path, options: TrainOptions) -> str:
         return ""
     before = read_section(str(before_file), "train-student").get(HELD_OUT) or {}
     contents = contents_of(reachable_manifests(options, (HELD_OUT,)))
-    held = [(weight, contents.get(HELD_OUT, {}).get(path)) for path, weight in options.eval_cache.items()]
-    held_before = [(weight, _begun(output).get(HELD_OUT, {}).get(path)) for path, weight in before.items()]
     if before == options.eval_cache:
         return "".join(_differences(output, contents))
+    now, begun = contents.get(HELD_OUT, {}), _begun(output).get(HELD_OUT, {})
+    held = [(weight, now.get(path)) for path, weight in options.eval_cache.items()]
+    held_before = [(weight, begun.get(path)) for path, weight in before.items()]
     if held == held_before and all(one is not None for _, one in held):
         return ""  # the same under another path
     was, asked = (
