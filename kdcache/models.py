@@ -66,6 +66,7 @@ def load_model(
     Raises:
         ModelError: It cannot be loaded.
     """
+    import torch
     from transformers import AutoModelForCausalLM
 
     arguments: dict[str, Any] = {**source.load_arguments, "dtype": dtype, **_attention(attention)}
@@ -83,7 +84,7 @@ def load_model(
         model = _merge_adapter(model, source)
     if device_map is None:
         model.to(device)
-        if str(device) == "cpu" and str(dtype) == "torch.bfloat16":
+        if device == "cpu" and dtype == torch.bfloat16:
             _warn_about_bfloat16()
     # A GGUF file loads as plain weights; without its quantization note the model can be saved like any other.
     if source.gguf_file and hasattr(model.config, "quantization_config"):
