@@ -11,7 +11,7 @@ else is kdcache's own.
 
     python benchmarks/prove_recipes.py [--seeds 3] [--steps 32] [--base-steps 120] [--jobs 2] [--root DIR] [--only E12]
 
-The published tables were made at a larger size, on a GPU; ``docs/recipes.md`` has the command.
+``docs/recipes.md`` has the commands of the published tables.
 """
 
 from __future__ import annotations
@@ -236,14 +236,16 @@ def base_student(root: Path, seed: int, args: argparse.Namespace) -> str:
 
 def common(args: argparse.Namespace, seed: int, run: int) -> dict[str, Any]:
     return {
-        "learning_rate": args.rate, "warmup_steps": 5, "per_device_train_batch_size": args.batch, "seed": order_seed(seed, run),
+        "learning_rate": args.rate, "warmup_steps": 5, "per_device_train_batch_size": args.batch, "seed": run_seed(seed, run),
         "bf16": args.bf16, "logging_steps": 5,
     }  # fmt: skip
 
 
-def order_seed(seed: int, run: int) -> int:
-    """Of the order of a run of training: 0 makes the base student, rounds and stages count from 1. With one order for all, each would
-    begin with the text that the one before it began with."""
+def run_seed(seed: int, run: int) -> int:
+    """Of the order of a run of training, and of what a student writes before it: 0 makes the base student, rounds and stages count from 1.
+
+    With one order for all, each would begin with the text that the one before it began with.
+    """
     return seed * 100 + run
 
 
@@ -314,7 +316,7 @@ def run_variant(root: Path, folder: Path, variant: Variant, seed: int, args: arg
     if not variant.rounds:
         steps = steps_for(wanted, kinds, mix, args.batch)
         first = steps // 2 if variant.then else steps
-        then = [variant.then | {"max_steps": steps - first, "seed": order_seed(seed, 2)}] if variant.then else []
+        then = [variant.then | {"max_steps": steps - first, "seed": run_seed(seed, 2)}] if variant.then else []
         met = train_and_count(
             options | {"student": base, "output": str(folder), "max_steps": first, "then": then, "resume": False}
         )
@@ -323,8 +325,8 @@ def run_variant(root: Path, folder: Path, variant: Variant, seed: int, args: arg
     for number in range(1, variant.rounds + 1):
         if variant.every and (number - 1) % variant.every == 0:
             for part in range(number, number + variant.every):
-                first, last = (args.prompts * n // ROUNDS for n in (part - 1, part))
-                sampling = ["--sample-seed", seed * 100 + part, "--split", f"train[{first}:{last}]"]
+                first, last = (args.prompts * n // variant.rounds for n in (part - 1, part))
+                sampling = ["--sample-seed", run_seed(seed, part), "--split", f"train[{first}:{last}]"]
                 written = f"{folder}-rollouts-{part}", f"{folder}-scored-{part}"
                 write_and_score(student, root / "prompts.jsonl", *written, sampling, TOP_K, args)
         output = f"{folder}-round-{number}"
