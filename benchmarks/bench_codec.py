@@ -183,6 +183,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, help="of the teacher")
+    parser.add_argument("--dtype", default="bfloat16", help="of the teacher")
     parser.add_argument("--pilot", help="an exact top_k 128 cache of other documents, for the id tables")
     parser.add_argument("--pilot-split", default="train[20:60]", help="makes one where there is none")
     args = parser.parse_args()
@@ -190,7 +191,7 @@ def main() -> None:
               "encode, M positions/s", "decode", "to tensors", "to ours"]  # fmt: skip
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     with tempfile.TemporaryDirectory() as folder:
-        common = {"teacher": args.teacher, "dataset": args.dataset, "seq_len": args.seq_len, "dtype": "bfloat16",
+        common = {"teacher": args.teacher, "dataset": args.dataset, "seq_len": args.seq_len, "dtype": args.dtype,
                   "codec": "exact", "threads": args.threads, "shard_positions": 1 << 16}  # fmt: skip
         if args.pilot is None:
             made = {"split": args.pilot_split, "top_k": 128, "output": f"{folder}/pilot"}

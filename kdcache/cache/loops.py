@@ -286,19 +286,21 @@ def sort_keys(numbers: Numbers, num_entries: Numbers, width: int, place_bits: in
 
 
 def sorted_entries(
-    keys: Numbers, num_entries: Numbers, place_bits: int, num_kept: int
-) -> tuple[npt.NDArray[np.int64], Numbers]:
-    """:func:`tables._sorted_inside` from sorted keys: which entry stands at each place, and its number; ``num_kept`` is E."""
-    order, numbers = np.empty(num_kept, dtype=np.int64), np.empty(num_kept, dtype=np.uint32)
-    mask, start = (1 << place_bits) - 1, 0
+    keys: Numbers, num_entries: Numbers, place_bits: int, logprobs: Floats, counts: npt.NDArray[np.uint16]
+) -> tuple[Numbers, Floats, npt.NDArray[np.uint16]]:
+    """:func:`tables.sorted_by` from sorted keys: their numbers, and logprobs and counts ``[E, any]`` in the same order."""
+    numbers, out, drawn = np.empty(len(logprobs), dtype=np.uint32), np.empty_like(logprobs), np.empty_like(counts)
+    mask, start = np.uint32((1 << place_bits) - 1), 0
     for p in range(len(num_entries)):
-        count = np.int64(num_entries[p])
-        for rank in range(count):
-            key = np.int64(keys[p, rank])
-            order[start + rank] = start + (key & mask)
-            numbers[start + rank] = key >> place_bits
-        start += count
-    return order, numbers
+        for rank in range(num_entries[p]):
+            key = keys[p, rank]
+            place = start + np.int64(key & mask)
+            numbers[start + rank] = key >> np.uint32(place_bits)
+            out[start + rank] = logprobs[place]
+            for t in range(counts.shape[1]):
+                drawn[start + rank, t] = counts[place, t]
+        start += num_entries[p]
+    return numbers, out, drawn
 
 
 def split_ids(ids: Numbers, num_entries: Numbers) -> tuple[Bytes, Numbers, Numbers, bool]:
@@ -308,18 +310,18 @@ def split_ids(ids: Numbers, num_entries: Numbers) -> tuple[Bytes, Numbers, Numbe
     rest, num_rest = np.empty(len(ids), dtype=np.uint32), np.empty(n, dtype=np.uint32)
     e, other, ascend = 0, 0, True
     for p in range(n):
-        start, before = other, -1
-        for _ in range(num_entries[p]):
-            number = np.int64(ids[e])
-            ascend &= number > before
-            before = number
-            if number < NUM_BITS:
-                bits[number >> 3, p] |= 128 >> (number & 7)
-            else:
-                rest[other] = number - NUM_BITS
-                other += 1
-            e += 1
-        num_rest[p] = other - start
+        count = np.int64(num_entries[p])
+        mine, few = ids[e : e + count], 0
+        while few < count and mine[few] < NUM_BITS:
+            bits[mine[few] >> 3, p] |= 128 >> (mine[few] & 7)
+            few += 1
+        for rank in range(1, count):
+            ascend &= mine[rank] > mine[rank - 1]
+        for rank in range(few, count):
+            rest[other + rank - few] = mine[rank] - np.uint32(NUM_BITS)
+        num_rest[p] = count - few
+        other += count - few
+        e += count
     return bits, rest[:other], num_rest, ascend
 
 
