@@ -91,7 +91,7 @@ def write_peers(
 def rates(args: argparse.Namespace, root: Path) -> list[str]:
     exact, cache = root / "exact", root / "cache"
     dump(DumpOptions(teacher=args.teacher, dataset=args.dataset, split=args.split, seq_len=1024, top_k=K, codec="exact",
-                     dtype="bfloat16", output=str(exact), threads=args.threads))  # fmt: skip
+                     dtype=args.dtype, output=str(exact), threads=args.threads))  # fmt: skip
     transcode(TranscodeOptions(cache=str(exact), output=str(cache), codec="packed"))
     reader, crowded, said = open_cache(cache), open_cache(cache), [row.targets for row in open_cache(exact)]
     halves = [replace(one, logprobs=one.logprobs.astype(np.float16).astype(np.float32)) for one in said]
@@ -251,6 +251,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeat", type=int, default=8, help="times that the sequences are read")
     parser.add_argument("--threads", type=int, help="of the teacher")
+    parser.add_argument("--dtype", default="bfloat16", help="of the teacher")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
