@@ -21,10 +21,10 @@ for round in 1 2; do
   kdcache dump-teacher --config "$config" --dataset "rollouts-$round" --output "scored-$round"
   replay+=(--cache "scored-$round" --rollout-cache "rollouts-$round")
   kdcache train-student --config "$config" --cache real-cache "${replay[@]}" --mix student:0.5,real:0.5 \
-    --student "$student" --output "student-$round" --learning-rate 1e-3 --max-steps "${steps[1]:-15}" --seed "$round"
+    --student "$student" --output "student-$round" --learning-rate 1e-3 --max-steps "${steps[1]:-15}"
 done
 kdcache train-student --config "$config" --loss minillm --alpha 0.5 --cache real-cache --student-cache scored-2 --rollout-cache rollouts-2 \
-  --mix student:0.5,real:0.5 --student student-1 --output student-minillm --learning-rate 1e-3 --max-steps "${steps[1]:-15}" --seed 2
+  --mix student:0.5,real:0.5 --student student-1 --output student-minillm --learning-rate 1e-3 --max-steps "${steps[1]:-15}"
 kdcache generate --config "$config" --teacher student-2 --dataset "$here/../prompts.jsonl" --split "$asked_held_out" --top-k 1 --output own-text
 kdcache dump-teacher --config "$config" --dataset own-text --targets hidden --output heldout-cache
 kdcache evaluate --student student-2 --baseline student-0 --teacher-cache heldout-cache --report report.html
