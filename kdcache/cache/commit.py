@@ -87,6 +87,8 @@ def check_is_ours(store: Store) -> None:
     if TABLES in others and all(is_table_name(name) for name in store.names_in(TABLES)):
         others.remove(TABLES)
     if others and not store.exists(PLAN):
+        if MANIFEST in others:
+            read_plan(store)  # says that it is gone, and how it comes back
         raise ConfigError(
             f"--output {store} is not a cache and not empty: it holds {', '.join(others[:3])}{' ...' if others[3:] else ''}",
             hint="name a new folder",
@@ -120,19 +122,31 @@ def read_plan(store: Store) -> Plan:
 
     Raises:
         CacheNotFoundError: There is no cache here.
+        CacheError: The plan is damaged, or gone from a finished cache.
     """
     try:
         data = store.read(PLAN)
     except CacheNotFoundError as error:
+        if store.exists(MANIFEST):
+            raise CacheCorruptError(f"{store}: {PLAN} is gone", hint=_from_manifest(store)) from error
         raise CacheNotFoundError(
             f"{store} is not a kdcache cache: it has no {PLAN}", hint="kdcache dump-teacher --output makes one"
         ) from error
-    plan = parse(Plan, data, f"{store}/{PLAN}")
+    try:
+        plan = parse(Plan, data, f"{store}/{PLAN}")
+    except CacheError as error:
+        if error.hint is None and store.exists(MANIFEST):
+            error.hint = _from_manifest(store)
+        raise
     if plan.spec.fingerprint != plan.fingerprint:
         raise CacheMismatchError(
             f"{store}/{PLAN}: the spec has fingerprint {plan.spec.fingerprint}, the plan says {plan.fingerprint}: it was edited"
         )
     return plan
+
+
+def _from_manifest(store: Store) -> str:
+    return f"kdcache verify {store} --repair writes it anew from {MANIFEST}"
 
 
 def publish_plan(store: Store, plan: Plan) -> Plan:

@@ -16,6 +16,7 @@ from kdcache.cache.commit import (
     committed_shards,
     current_manifest,
     parse_commit,
+    read_commit,
     read_id_tables,
     read_plan,
 )
@@ -28,7 +29,7 @@ from kdcache.cache.layout import (
     parse_number,
     shard_name,
 )
-from kdcache.cache.manifest import Commit, Manifest, Plan, derive_manifest, to_json
+from kdcache.cache.manifest import Commit, Manifest, Plan, derive_manifest, parse, to_json
 from kdcache.cache.reader import CacheReader
 from kdcache.cache.shard import ShardReader, sequence_id
 from kdcache.cache.store import Store
@@ -259,6 +260,41 @@ def repair(store: Store, audit: Audit) -> list[int]:
     for shard in again:
         store.delete(commit_name(shard))
     return again
+
+
+def restore_plan(store: Store) -> bool:
+    """Write the plan of a finished cache anew from its manifest, which holds the same spec, where the plan is damaged or gone.
+
+    Library versions, which do not count, are not in the manifest and stay behind.
+
+    Returns:
+        Whether the plan had to be written.
+
+    Raises:
+        CacheError: The plan is damaged or gone, and the manifest is too, or is that of another cache.
+    """
+    try:
+        read_plan(store)
+        return False
+    except CacheError:
+        if not store.exists(MANIFEST):
+            raise
+    manifest = parse(Manifest, store.read(MANIFEST), f"{store}/{MANIFEST}")
+    commit = _first_whole_commit(store)
+    if manifest.spec.fingerprint != manifest.fingerprint or commit is None or commit.plan != manifest.fingerprint:
+        raise CacheMismatchError(
+            f"{store}: {PLAN} is damaged or gone, and {MANIFEST} is not that of these commits",
+            hint=f"put a copy of {PLAN} back, or dump anew to another --output",
+        )
+    store.replace(PLAN, to_json(Plan(spec=manifest.spec, fingerprint=manifest.fingerprint)))
+    return True
+
+
+def _first_whole_commit(store: Store) -> Commit | None:
+    for shard in sorted(committed_shards(store)):
+        with contextlib.suppress(CacheError):
+            return read_commit(store, shard)
+    return None
 
 
 def _verify_shard(reader: CacheReader, position: int, deep: bool) -> int:

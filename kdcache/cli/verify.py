@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kdcache.cache.layout import COMMITS
+from kdcache.cache.commit import read_plan
+from kdcache.cache.layout import COMMITS, MANIFEST, PLAN
 from kdcache.cache.reader import CacheReader
 from kdcache.cache.store import Store, open_store
-from kdcache.cache.verify import Audit, repair, verify_cache
+from kdcache.cache.verify import Audit, repair, restore_plan, verify_cache
+from kdcache.progress import Progress
 
 if TYPE_CHECKING:
     from kdcache.dump.audit import TeacherAudit
@@ -22,7 +24,10 @@ if TYPE_CHECKING:
 @click.argument("cache", type=click.Path())
 @click.option("--deep/--shallow", default=True, help="Decode every sequence, or only check digests.  [default: deep]")
 @click.option(
-    "--repair", "mend", is_flag=True, help="Take back the commits of damaged shards: the next dump makes them anew."
+    "--repair",
+    "mend",
+    is_flag=True,
+    help="Take back the commits of damaged shards: the next dump makes them anew. A plan that is damaged or gone is written anew from a manifest that is whole.",
 )
 @click.option(
     "--against-teacher",
@@ -34,9 +39,10 @@ if TYPE_CHECKING:
 )
 @click.option("--teacher", default=None, help="Where the teacher is now, if not where it was.")
 @click.option("--device", default="auto", help="Of the teacher: auto, cpu, cuda ...  [default: auto]")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that ships with the teacher.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
-    cache: str, deep: bool, mend: bool, rerun: int | None, teacher: str | None, device: str, as_json: bool
+    cache: str, deep: bool, mend: bool, rerun: int | None, teacher: str | None, device: str, trust_remote_code: bool, as_json: bool
 ) -> None:  # fmt: skip
     """Check every byte of a cache against its commits, and that targets and tokens belong together.
 
@@ -45,8 +51,18 @@ def command(
     Exit code 0: whole. 1: damaged, not what the teacher says, or not all could be read. 3: whole so far, but shards are missing (also those that --repair took back).
     """
     store = open_store(cache)
-    audit = verify_cache(store, deep=deep)
-    live = _against_teacher(store, rerun, teacher, device) if rerun and audit.intact else None
+    if mend and restore_plan(store):
+        click.echo(f"{PLAN} was damaged or gone, and is written anew from {MANIFEST}", err=True)
+    num_shards = read_plan(store).spec.num_shards
+    with Progress("verify", num_shards) as progress:
+        audit = verify_cache(
+            store, deep=deep, on_shard=lambda done: progress.update(done, f"{done}/{num_shards} shards")
+        )
+    live = None
+    if rerun and audit.intact:
+        live = _against_teacher(store, rerun, teacher, device, trust_remote_code)
+    elif rerun:
+        click.echo("not held against the teacher: not all of it is whole", err=True)
     if as_json:
         about = {**dataclasses.asdict(audit), "intact": audit.intact}
         if live is not None:
@@ -76,11 +92,13 @@ def command(
     sys.exit(3 if mend and not audit.unknown else 1)
 
 
-def _against_teacher(store: Store, num_sequences: int, teacher: str | None, device: str) -> TeacherAudit:
+def _against_teacher(
+    store: Store, num_sequences: int, teacher: str | None, device: str, trust_remote_code: bool
+) -> TeacherAudit:
     from kdcache.dump.audit import against_teacher
 
     reader = CacheReader(store, allow_incomplete=True)
-    return against_teacher(reader, num_sequences, teacher=teacher, device=device)
+    return against_teacher(reader, num_sequences, teacher=teacher, device=device, trust_remote_code=trust_remote_code)
 
 
 def _print(audit: Audit, live: TeacherAudit | None) -> None:

@@ -10,13 +10,23 @@ import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 
-from kdcache.cache.commit import commit_name, commit_shard, publish_plan, read_commits, seal, shard_name, table_name
+from kdcache.cache.commit import (
+    commit_name,
+    commit_shard,
+    publish_plan,
+    read_commits,
+    read_plan,
+    seal,
+    shard_name,
+    table_name,
+)
 from kdcache.cache.manifest import signed_json
+from kdcache.cache.reader import open_cache
 from kdcache.cache.shard import ShardBuilder, digest
 from kdcache.cache.store import LocalStore
-from kdcache.cache.verify import repair, verify_cache
+from kdcache.cache.verify import repair, restore_plan, verify_cache
 from kdcache.cli import main
-from kdcache.errors import CacheNotFoundError, StoreUnavailableError
+from kdcache.errors import CacheError, CacheNotFoundError, StoreUnavailableError
 from kdcache.targets import TokenSequence
 from tests.strategies import all_files, build_shard, make_plan, make_row, put_shard, write_cache
 
@@ -201,6 +211,59 @@ def test_a_record_spelled_otherwise(store, name):
     store.replace(name, json.dumps(fields, indent=1).encode())
     problem = only_problem(store)
     assert name in problem
+
+
+def cut_short(store):
+    store.replace("plan.json", store.read("plan.json")[:100])
+
+
+def of_another_cache(store):
+    other = write_cache(store.root.parent / "other", make_plan(targets__k=7))
+    store.replace("manifest.json", other.read("manifest.json"))
+    store.delete("plan.json")
+
+
+@pytest.mark.parametrize(
+    "harm", [lambda store: flip(store, "plan.json"), lambda store: store.delete("plan.json"), cut_short]
+)
+def test_a_plan_comes_back_from_the_manifest(store, harm):
+    """A finished cache says twice what it is."""
+    before = all_files(store.root)
+    harm(store)
+    with pytest.raises(CacheError) as raised:
+        verify_cache(store)
+    assert "plan.json" in raised.value.message and raised.value.hint.startswith(f"kdcache verify {store} --repair")
+    with pytest.raises(CacheError) as raised:
+        open_cache(store.root)
+    assert "--repair" in raised.value.hint
+    done = CliRunner().invoke(main, ["verify", str(store), "--repair"])
+    assert done.exit_code == 0 and "plan.json was damaged or gone" in done.stderr, done.output
+    assert read_plan(store) == PLAN.model_copy(update={"environment": {}}), "all of it but the library versions"
+    assert {**all_files(store.root), "plan.json": before["plan.json"]} == before
+    assert restore_plan(store) is False
+
+
+def test_a_plan_comes_back_though_commits_are_damaged(store):
+    flip(store, commit_name(0))
+    store.delete("plan.json")
+    done = CliRunner().invoke(main, ["verify", str(store), "--repair"])
+    assert done.exit_code == 3 and "taken back: 00000" in done.stderr, done.output
+
+
+@pytest.mark.parametrize("harm", [of_another_cache, lambda store: (cut_short(store), flip(store, "manifest.json"))])
+def test_a_plan_does_not_come_back_from_what_is_not_its_manifest(store, harm):
+    harm(store)
+    before = all_files(store.root)
+    done = CliRunner().invoke(main, ["verify", str(store), "--repair"])
+    assert done.exit_code == 1 and "manifest.json" in done.output
+    assert all_files(store.root) == before, "nothing is taken back"
+
+
+def test_a_plan_that_is_gone_before_there_is_a_manifest(store):
+    store.delete("manifest.json")
+    store.delete("plan.json")
+    with pytest.raises(CacheNotFoundError, match="not a kdcache cache"):
+        restore_plan(store)
 
 
 def test_wrong_statistics_in_the_manifest(store):
