@@ -19,5 +19,6 @@ kdcache train-student --config "$config" --cache answers --output student-words 
 kdcache train-student --config "$config" --cache answers --output student-targets "${steps[@]}"
 kdcache train-student --config "$config" --cache answers --cache real-cache --mix teacher:0.7,real:0.3 --output student-mixed "${steps[@]}"
 for student in targets mixed; do
-  kdcache evaluate --student student-$student --baseline student-words --teacher-cache heldout-cache --report report-$student.html
+  kdcache evaluate --config "$config" --student student-$student --baseline student-words --teacher-cache heldout-cache \
+    --prompts "$here/../prompts.jsonl" --split "$asked_held_out" --report report-$student.html
 done

@@ -76,11 +76,18 @@ def test_the_70b_story_is_planned_without_weights(tmp_path, monkeypatch):
     (asked, *others) = commands(PIPELINES / "llama_70b_to_8b", output, tmp_path)
     assert others == [], "without LAUNCH nothing but the plan"
     monkeypatch.chdir(output)
-    done = CliRunner().invoke(main, [*asked, "--json"])
+    done = CliRunner().invoke(main, asked)
     assert done.exit_code == 0, done.output
-    found = json.dumps(json.loads(done.output))
-    assert "70553706496" in found
-    assert "8030261248" in found
+    printed = " ".join(done.output.split())
+    told = (PIPELINES / "README.md").read_text()
+    for figure in ("70,553,706,496", "8,030,261,248", "800 GB", "2,028 GPU-hours"):
+        assert figure in printed
+        assert figure in told
+    found = json.loads(CliRunner().invoke(main, [*asked, "--json"]).output)
+    gib = {who: sum(line["num_bytes"] for line in found[who]["lines"]) / 2**30 for who in ("teacher", "student")}
+    assert round(gib["teacher"]) == 76
+    assert "76 GiB" in told
+    assert round(gib["student"]) == 21
 
 
 LAUNCHERS = {
