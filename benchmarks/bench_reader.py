@@ -31,14 +31,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import measure, results_file
 from kdcache.cache.commit import MANIFEST, current_manifest
-from kdcache.cache.manifest import Commit, Plan, ShardStats, derive_manifest, to_json
 from kdcache.cache.reader import CacheReader, open_cache
-from kdcache.cache.store import LocalStore
 from kdcache.cache.transcode import TranscodeOptions, transcode
 from kdcache.dump.launch import dump
 from kdcache.dump.options import DumpOptions
 from kdcache.targets import SparseTargets, kl_of_stored
-from tests.strategies import make_plan, write_cache
+from tests.strategies import make_plan, write_cache, write_records
 
 K = 64
 NUM_SHARDS = 100_000
@@ -145,27 +143,12 @@ def reopened(reader: CacheReader, index: int) -> object:
     return reader.compact(index)
 
 
-def synthetic(root: Path, num_shards: int) -> LocalStore:
-    """A sealed cache of so many shards that are not there: opening reads plan and manifest alone."""
-    store = LocalStore(root / f"shards-{num_shards}")
-    plan: Plan = make_plan(corpus__num_rows=num_shards * 8, rows_per_shard=8)
-    stats = ShardStats(**dict.fromkeys(ShardStats.model_fields, 8))
-    commits = [
-        Commit(plan=plan.fingerprint, shard=i, digest=f"{i:032x}", num_bytes=1000, stats=stats, worker="w",
-               finished_at="2026-01-01T00:00:00+00:00", seconds=1.0)
-        for i in range(num_shards)
-    ]  # fmt: skip
-    store.replace("plan.json", to_json(plan))
-    store.replace(MANIFEST, to_json(derive_manifest(plan, commits)))
-    return store
-
-
 def opening(root: Path, rounds: int) -> list[str]:
-    store = synthetic(root, NUM_SHARDS)
+    store = write_records(root / "many", NUM_SHARDS)
     data = store.read(MANIFEST)
     best = min(measure.seconds(lambda: CacheReader(store)) for _ in range(rounds))
     plain = min(measure.seconds(lambda: json.loads(data)) for _ in range(rounds))
-    reader, small = CacheReader(store), CacheReader(synthetic(root, 100))
+    reader, small = CacheReader(store), CacheReader(write_records(root / "few", 100))
 
     def locate(of: CacheReader) -> float:
         wanted = np.random.default_rng(0).integers(0, len(of), 20_000)

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from kdcache.cache.commit import commit_shard, publish_plan, seal
-from kdcache.cache.manifest import CacheSpec, Plan, ShardStats
+from kdcache.cache.manifest import CacheSpec, Commit, Plan, ShardStats, derive_manifest, to_json
 from kdcache.cache.shard import ShardBuilder
 from kdcache.cache.store import LocalStore
 from kdcache.targets import SparseTargets, TokenSequence
@@ -229,6 +229,20 @@ def put_shard(store: LocalStore, plan: Plan, shard: int, worker: str = "worker-0
     """Build and commit one shard."""
     data, stats = build_shard(plan, shard)
     return commit_shard(store, plan, shard, data, stats, worker=worker, seconds=1.2345)
+
+
+def write_records(root: Path, num_shards: int) -> LocalStore:
+    """Plan and manifest of a sealed cache of so many shards, 8 sequences each, that are not there."""
+    store, plan = LocalStore(root), make_plan(corpus__num_rows=num_shards * 8, rows_per_shard=8)
+    stats = ShardStats(**dict.fromkeys(ShardStats.model_fields, 8))
+    commits = [
+        Commit(plan=plan.fingerprint, shard=i, digest=f"{i:032x}", num_bytes=1000, stats=stats, worker="w",
+               finished_at="2026-01-01T00:00:00+00:00", seconds=1.0)
+        for i in range(num_shards)
+    ]  # fmt: skip
+    store.replace("plan.json", to_json(plan))
+    store.replace("manifest.json", to_json(derive_manifest(plan, commits)))
+    return store
 
 
 def write_cache(root: Path, plan: Plan | None = None) -> LocalStore:

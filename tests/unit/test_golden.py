@@ -46,6 +46,9 @@ def test_there_is_a_golden_cache_of_every_codec_and_kind_of_scheme():
         ("packed", "top_k"), ("exact", "top_k"), ("packed", "top_p"), ("packed", "sampled"), ("packed", "hybrid"),
         ("packed", "systematic"), ("exact", "systematic"), ("exact", "hybrid"), ("exact", "hidden"),
     }  # fmt: skip
+    assert {spec.codec.max_kl for spec in specs if spec.codec.name == "packed"} == {1e-2, 1e-3, 2e-4, 1e-4}
+    assert any(spec.generation for spec in specs) and any(spec.teacher.averaged for spec in specs)
+    assert any(spec.transcoded_from for spec in specs) and any(spec.corpus.written_by for spec in specs)
     vocabularies = {spec.teacher.vocab_size for spec in specs if spec.codec.name == "packed"}
     assert min(vocabularies) < 1 << 16 < 1 << 17 < max(vocabularies - {max(vocabularies)}) < 1 << 20 < max(vocabularies)
     assert sum(path.stat().st_size for folder in GOLDEN for path in folder.rglob("*") if path.is_file()) < 20_000 * len(

@@ -11,7 +11,7 @@ from kdcache.cache.shard import ShardBuilder, digest, sequence_id
 from kdcache.cache.store import LocalStore
 from kdcache.errors import CacheCorruptError, CacheIncompleteError, CacheNotFoundError, ConfigError
 from tests.object_stores import in_threads
-from tests.strategies import build_shard, make_plan, make_row, put_shard, write_cache
+from tests.strategies import build_shard, make_plan, make_row, put_shard, write_cache, write_records
 
 PLAN = make_plan()
 
@@ -253,3 +253,25 @@ def test_opening_reads_no_shard(store):
     for shard in range(4):
         store.delete(commit_name(shard))
     assert len(CacheReader(store)) == 10
+
+
+def test_a_hundred_thousand_shards(tmp_path, monkeypatch):
+    """Opening reads two files and lists nothing; a sequence is looked for in its own shard, and in no other."""
+    store = write_records(tmp_path, 100_000)
+    read, mapped = [], []
+    plain = LocalStore.read
+    monkeypatch.setattr(LocalStore, "read", lambda self, name, *limit: read.append(name) or plain(self, name, *limit))
+    monkeypatch.setattr(LocalStore, "names_in", lambda self, folder: pytest.fail(f"{folder} was listed"))
+    monkeypatch.setattr(LocalStore, "map", lambda self, name, *given, **more: mapped.append(name) or missing(name))
+    cache = CacheReader(store)
+    assert len(cache) == 800_000
+    assert sorted(set(read)) == ["manifest.json", "plan.json"] and len(read) <= 4
+    for index in (0, 7, 8, 399_999, 400_000, 799_999):
+        with pytest.raises(CacheCorruptError, match=f"shard {index // 8:05d}"):
+            cache[index]
+        assert mapped == [shard_name(index // 8, f"{index // 8:032x}")]
+        mapped.clear()
+
+
+def missing(name):
+    raise CacheNotFoundError(f"{name} does not exist")
