@@ -13,7 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from kdcache.cache.commit import committed_shards
 from kdcache.cache.quality import QUALITIES
@@ -132,6 +135,33 @@ def test_padded_vocabulary_rows(tmp_path, corpus_file):
         logp = log_softmax(own_logits(teacher, reader[index].sequence)[:, :VOCAB_SIZE])
         np.testing.assert_allclose(targets.logprobs.reshape(-1, VOCAB_SIZE), logp, atol=2e-5)
         assert (targets.tail_logprobs == -np.inf).all()
+
+
+@pytest.mark.parametrize("id_tables", ["none", "context"])
+def test_a_vocabulary_of_a_quarter_of_a_million(tmp_path, id_tables):
+    """Ids past 2^16 and 2^17, in the text and among the entries, from the tokenizer to the reader."""
+    vocab_size, rng = 262_144, np.random.default_rng(0)
+    teacher = make_llama(tmp_path / "m", vocab_size=vocab_size, hidden_size=8, intermediate_size=8, num_attention_heads=1,
+                         num_key_value_heads=1, num_hidden_layers=1)  # fmt: skip
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(vocab_size)}, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w1").save_pretrained(teacher)
+    rows = [{"text": " ".join(f"w{i}" for i in rng.integers(0, vocab_size, 20))} for _ in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dump(options(teacher, str(tmp_path / "rows.jsonl"), tmp_path / "c", id_tables=id_tables))
+    reader = open_cache(tmp_path / "c")
+    assert reader.vocab_size == vocab_size
+    assert (reader.spec.codec.id_tables is not None) == (id_tables == "context")
+    found = [reader[index] for index in range(len(reader))]
+    for row in found:
+        logp = log_softmax(own_logits(teacher, row.sequence))
+        ids = row.targets.token_ids.reshape(len(row.targets), 8).astype(np.int64)
+        assert (np.take_along_axis(logp, ids, 1).min(1) >= np.sort(logp, 1)[:, -8] - 1e-5).all()
+    for ids in (
+        np.concatenate([row.sequence.input_ids for row in found]),
+        np.concatenate([row.targets.token_ids for row in found]),
+    ):
+        assert (ids >= 1 << 17).any() and (ids < 1 << 16).any()
 
 
 def test_a_tokenizer_with_more_tokens_than_the_teacher(tmp_path, corpus_file):
