@@ -18,9 +18,20 @@ def record(path):
     """A JSON record whose digest holds."""
     fields = json.loads(path.read_text())
     digest = fields.pop("record_digest")
-    canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    assert hashlib.sha256(canonical.encode()).hexdigest()[:32] == digest and fields["format_version"] == 1, path
+    assert hashed(fields) == digest and fields["format_version"] == 1, path
     return fields
+
+
+def hashed(fields):
+    canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:32]
+
+
+def flat(value, name=""):
+    """Dotted names to values."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {dotted: one for key in value for dotted, one in flat(value[key], f"{name}.{key}".lstrip(".")).items()}
 
 
 def proven(path, digest):
@@ -35,6 +46,8 @@ def read_cache(folder):
     plan, manifest = record(Path(folder, "plan.json")), record(Path(folder, "manifest.json"))
     spec, shards = plan["spec"], manifest["shards"]
     num_shards = -(-spec["corpus"]["num_rows"] // spec["rows_per_shard"])
+    names = {"teacher.name", "corpus.dataset"} | ({"generation"} if spec["generation"] is None else set())
+    assert hashed({name: value for name, value in flat(spec).items() if name not in names}) == plan["fingerprint"]
     assert manifest["sealed"] and shards["shard"] == list(range(num_shards))
     name = spec["codec"]["id_tables"]
     tables = None if name is None else load(proven(Path(folder, "tables", f"{name}.safetensors"), name))
@@ -57,8 +70,8 @@ def read_sequence(columns, spec, tables):
     ids = frame("input_ids", "<u2" if spec["teacher"]["vocab_size"] <= 65_536 else "<u4").astype("<u4")
     mask = np.unpackbits(frame("loss_mask", "u1"))[: len(ids)].astype(bool)
     starts = frame("document_starts", "<u4")
-    hashed = xxhash.xxh3_64_intdigest(ids.tobytes() + np.packbits(mask).tobytes() + starts.tobytes())
-    assert (columns["num_positions"], columns["content_hash"]) == (len(ids), hashed)
+    found = xxhash.xxh3_64_intdigest(ids.tobytes() + np.packbits(mask).tobytes() + starts.tobytes())
+    assert (columns["num_positions"], columns["content_hash"]) == (len(ids), found)
     read = read_exact if spec["codec"]["name"] == "exact" else read_packed
     said = read(frame, spec, ids[:-1][mask[1:]], tables)
     row = np.repeat(np.arange(len(said["num_entries"])), said["num_entries"])
