@@ -24,7 +24,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import measure, results_file
-from benchmarks.peers import PEERS
+from benchmarks.peers import DRAWN_PEERS, PEERS
 from kdcache.cache.codec import Codec
 from kdcache.cache.quality import QUALITIES
 from kdcache.cache.reader import open_cache
@@ -165,6 +165,19 @@ def theirs(name: str, stored_as: str, rows: Rows, k: int) -> Row:
     )  # fmt: skip
 
 
+def theirs_drawn(name: str, stored_as: str, rows: Rows) -> Row:
+    peer, said = DRAWN_PEERS[stored_as], joined(rows)
+    said = replace(said, counts=np.concatenate([targets.counts for _, targets in rows]))
+    data = peer.encode(said)
+    for found, there in zip(peer.decode(data), (said.num_entries, said.token_ids, said.counts[:, 0]), strict=True):
+        np.testing.assert_array_equal(found, there)
+    return Row(
+        name, stored_as, len(data) / len(said), ["exact counts", "-"], len(said),
+        encode=lambda: peer.encode(said),
+        to_tensors=lambda: peer.decode(data),
+    )  # fmt: skip
+
+
 def a_copy(name: str, rows: Rows) -> Row:
     """What memory itself does with ids and half floats, 6 bytes an entry."""
     said = joined(rows)
@@ -226,6 +239,7 @@ def main() -> None:
             for kind, counted in tables[k].items():
                 table.append(ours(name, f"{said}, ids {kind}", rows, replace(standard, id_tables=counted)))
             table += [theirs(name, peer, rows, options["top_k"]) for peer in PEERS if name.startswith("top_k")]
+            table += [theirs_drawn(name, peer, rows) for peer in DRAWN_PEERS if drawn]
             table.append(a_copy(name, rows))
             more = timed(table, args.rounds)
             lines += more

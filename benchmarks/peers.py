@@ -2,7 +2,8 @@
 
 Each takes targets of many positions with K entries each and gives bytes back, and the logprobs that a reader would get from
 them where it loses any. DistillKit's is written anew from its description (arcee-ai/DistillKit, README): ids as bits, the
-most probable logits as bfloat16, a curve through the rest.
+most probable logits as bfloat16, a curve through the rest. Drawn targets have as many entries as were drawn, and counts: lists in Arrow and
+Parquet, and 24 bits an entry, as Sparse Logit Sampling has them (2503.16870): here 17 of an id and 7 of a count.
 """
 
 from __future__ import annotations
@@ -140,4 +141,72 @@ PEERS = {
     "safetensors, zstd": Peer(safetensors_zstd, read_safetensors),
     "DistillKit, 16 exact, degree 4": distillkit(16, 4),
     "DistillKit, 1 exact, degree 1": distillkit(1, 1),
+}
+
+
+@dataclass(frozen=True)
+class DrawnPeer:
+    """``encode(targets)`` gives bytes; ``decode`` the number of entries, ids and counts of each position, entry after entry."""
+
+    encode: Callable[[SparseTargets], bytes]
+    decode: Callable[[bytes], tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+
+def _drawn_table(targets: SparseTargets) -> pa.Table:
+    assert targets.counts is not None
+    offsets = pa.array(targets.offsets.astype(np.int32))
+    ids = targets.token_ids.astype(np.uint16 if targets.token_ids.max(initial=0) < 1 << 16 else np.uint32)
+    counts = targets.counts[:, 0].astype(np.uint8 if targets.counts.max(initial=0) < 1 << 8 else np.uint16)
+    lists = [pa.ListArray.from_arrays(offsets, pa.array(part)) for part in (ids, counts)]
+    return pa.table(lists, names=["token_ids", "counts"])
+
+
+def _undo_drawn_table(table: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ids, counts = (table.combine_chunks()[name].chunk(0) for name in ("token_ids", "counts"))
+    return np.diff(ids.offsets.to_numpy()), ids.flatten().to_numpy(), counts.flatten().to_numpy()
+
+
+def drawn_arrow(targets: SparseTargets) -> bytes:
+    """An Arrow IPC file of lists, with its own zstd compression."""
+    sink, table = pa.BufferOutputStream(), _drawn_table(targets)
+    with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def drawn_parquet(targets: SparseTargets) -> bytes:
+    """A Parquet file of lists, with zstd and its own choice of encodings."""
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(_drawn_table(targets), sink, compression="zstd")
+    return sink.getvalue()
+
+
+def drawn_24_bits(targets: SparseTargets) -> bytes:
+    """The number of entries of each position in a byte, then three bytes an entry."""
+    assert targets.counts is not None
+    counts = targets.counts[:, 0].astype(np.uint32)
+    assert targets.token_ids.max(initial=0) < 1 << 17 and counts.max(initial=0) < 1 << 7
+    words = (targets.token_ids.astype("<u4") | counts << 17).view(np.uint8).reshape(-1, 4)
+    return np.uint32(len(targets)).tobytes() + targets.num_entries.astype(np.uint8).tobytes() + words[:, :3].tobytes()
+
+
+def read_24_bits(data: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Out of :func:`drawn_24_bits`."""
+    num_positions = int(np.frombuffer(data, np.uint32, 1)[0])
+    num_entries = np.frombuffer(data, np.uint8, num_positions, 4)
+    three = np.frombuffer(data, np.uint8, offset=4 + num_positions).reshape(-1, 3)
+    words = np.zeros((len(three), 4), np.uint8)
+    words[:, :3] = three
+    flat = words.view("<u4")[:, 0]
+    return num_entries, flat & ((1 << 17) - 1), flat >> 17
+
+
+DRAWN_PEERS = {
+    "Arrow, zstd": DrawnPeer(
+        drawn_arrow, lambda data: _undo_drawn_table(pa.ipc.open_file(pa.py_buffer(data)).read_all())
+    ),
+    "Parquet, zstd": DrawnPeer(
+        drawn_parquet, lambda data: _undo_drawn_table(pyarrow.parquet.read_table(io.BytesIO(data)))
+    ),
+    "Sparse Logit Sampling, 24 bits an entry": DrawnPeer(drawn_24_bits, read_24_bits),
 }
