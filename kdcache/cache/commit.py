@@ -128,25 +128,26 @@ def read_plan(store: Store) -> Plan:
         data = store.read(PLAN)
     except CacheNotFoundError as error:
         if store.exists(MANIFEST):
-            raise CacheCorruptError(f"{store}: {PLAN} is gone", hint=_from_manifest(store)) from error
+            raise CacheCorruptError(f"{store}: {PLAN} is gone", hint=_how_it_comes_back(store)) from error
         raise CacheNotFoundError(
             f"{store} is not a kdcache cache: it has no {PLAN}", hint="kdcache dump-teacher --output makes one"
         ) from error
     try:
         plan = parse(Plan, data, f"{store}/{PLAN}")
+        if plan.spec.fingerprint != plan.fingerprint:
+            raise CacheMismatchError(
+                f"{store}/{PLAN}: the spec has fingerprint {plan.spec.fingerprint}, the plan says {plan.fingerprint}: it was edited"
+            )
     except CacheError as error:
-        if error.hint is None and store.exists(MANIFEST):
-            error.hint = _from_manifest(store)
+        error.hint = error.hint or _how_it_comes_back(store)
         raise
-    if plan.spec.fingerprint != plan.fingerprint:
-        raise CacheMismatchError(
-            f"{store}/{PLAN}: the spec has fingerprint {plan.spec.fingerprint}, the plan says {plan.fingerprint}: it was edited"
-        )
     return plan
 
 
-def _from_manifest(store: Store) -> str:
-    return f"kdcache verify {store} --repair writes it anew from {MANIFEST}"
+def _how_it_comes_back(store: Store) -> str:
+    if store.exists(MANIFEST):
+        return f"kdcache verify {store} --repair writes it anew from {MANIFEST}"
+    return f"put a copy of {PLAN} back, or begin anew in another folder"
 
 
 def publish_plan(store: Store, plan: Plan) -> Plan:

@@ -284,7 +284,7 @@ def restore_plan(store: Store) -> bool:
     if manifest.spec.fingerprint != manifest.fingerprint or commit is None or commit.plan != manifest.fingerprint:
         raise CacheMismatchError(
             f"{store}: {PLAN} is damaged or gone, and {MANIFEST} is not that of these commits",
-            hint=f"put a copy of {PLAN} back, or dump anew to another --output",
+            hint=f"put a copy of {PLAN} back, or begin anew in another folder",
         )
     store.replace(PLAN, to_json(Plan(spec=manifest.spec, fingerprint=manifest.fingerprint)))
     return True

@@ -217,6 +217,13 @@ def cut_short(store):
     store.replace("plan.json", store.read("plan.json")[:100])
 
 
+def edited(store):
+    fields = json.loads(store.read("plan.json"))
+    del fields["record_digest"]
+    fields["spec"]["rows_per_shard"] += 1
+    store.replace("plan.json", signed_json(fields))
+
+
 def of_another_cache(store):
     other = write_cache(store.root.parent / "other", make_plan(targets__k=7))
     store.replace("manifest.json", other.read("manifest.json"))
@@ -224,7 +231,7 @@ def of_another_cache(store):
 
 
 @pytest.mark.parametrize(
-    "harm", [lambda store: flip(store, "plan.json"), lambda store: store.delete("plan.json"), cut_short]
+    "harm", [lambda store: flip(store, "plan.json"), lambda store: store.delete("plan.json"), cut_short, edited]
 )
 def test_a_plan_comes_back_from_the_manifest(store, harm):
     """A finished cache says twice what it is."""
@@ -257,6 +264,14 @@ def test_a_plan_does_not_come_back_from_what_is_not_its_manifest(store, harm):
     done = CliRunner().invoke(main, ["verify", str(store), "--repair"])
     assert done.exit_code == 1 and "manifest.json" in done.output
     assert all_files(store.root) == before, "nothing is taken back"
+
+
+def test_a_damaged_plan_without_a_manifest_names_a_way_on(store):
+    cut_short(store)
+    store.delete("manifest.json")
+    with pytest.raises(CacheError) as raised:
+        restore_plan(store)
+    assert "plan.json: not JSON" in raised.value.message and "put a copy" in raised.value.hint
 
 
 def test_a_plan_that_is_gone_before_there_is_a_manifest(store):
