@@ -100,8 +100,11 @@ def joined(rows: Rows) -> SparseTargets:
     """All sequences as one."""
     parts = [targets for _, targets in rows]
     names = ("num_entries", "token_ids", "logprobs", "tail_logprobs", "logz", "label_logprobs", "entropy")
+    counts = None if parts[0].counts is None else np.concatenate([part.counts for part in parts])
     return SparseTargets(
-        parts[0].temperatures, *(np.concatenate([getattr(part, name) for part in parts]) for name in names)
+        parts[0].temperatures,
+        *(np.concatenate([getattr(part, name) for part in parts]) for name in names),
+        counts=counts,
     )
 
 
@@ -167,7 +170,6 @@ def theirs(name: str, stored_as: str, rows: Rows, k: int) -> Row:
 
 def theirs_drawn(name: str, stored_as: str, rows: Rows) -> Row:
     peer, said = DRAWN_PEERS[stored_as], joined(rows)
-    said = replace(said, counts=np.concatenate([targets.counts for _, targets in rows]))
     data = peer.encode(said)
     for found, there in zip(peer.decode(data), (said.num_entries, said.token_ids, said.counts[:, 0]), strict=True):
         np.testing.assert_array_equal(found, there)

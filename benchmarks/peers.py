@@ -30,13 +30,16 @@ class Peer:
     loses: Callable[[np.ndarray], np.ndarray] = lambda logprobs: logprobs.astype(np.float16).astype(np.float32)
 
 
+def _narrowed(ids: np.ndarray) -> np.ndarray:
+    return ids.astype(np.uint16 if ids.max(initial=0) < 1 << 16 else np.uint32)
+
+
 def _rectangles(targets: SparseTargets, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids and logprobs by falling logprob, and tails."""
     ids, logprobs = targets.token_ids.reshape(-1, k), targets.logprobs.reshape(-1, k)
     order = np.argsort(-logprobs, axis=1, kind="stable")
-    narrow = np.uint16 if ids.max(initial=0) < 1 << 16 else np.uint32
     return (
-        np.take_along_axis(ids, order, 1).astype(narrow),
+        _narrowed(np.take_along_axis(ids, order, 1)),
         np.take_along_axis(logprobs, order, 1).astype(np.float16),
         targets.tail_logprobs.astype(np.float16),
     )
@@ -50,8 +53,11 @@ def _table(targets: SparseTargets, k: int) -> pa.Table:
 
 def arrow_zstd(targets: SparseTargets, k: int) -> bytes:
     """An Arrow IPC file with its own zstd compression."""
+    return _arrow_file(_table(targets, k))
+
+
+def _arrow_file(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
-    table = _table(targets, k)
     with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
         writer.write_table(table)
     return sink.getvalue().to_pybytes()
@@ -155,9 +161,8 @@ class DrawnPeer:
 def _drawn_table(targets: SparseTargets) -> pa.Table:
     assert targets.counts is not None
     offsets = pa.array(targets.offsets.astype(np.int32))
-    ids = targets.token_ids.astype(np.uint16 if targets.token_ids.max(initial=0) < 1 << 16 else np.uint32)
     counts = targets.counts[:, 0].astype(np.uint8 if targets.counts.max(initial=0) < 1 << 8 else np.uint16)
-    lists = [pa.ListArray.from_arrays(offsets, pa.array(part)) for part in (ids, counts)]
+    lists = [pa.ListArray.from_arrays(offsets, pa.array(part)) for part in (_narrowed(targets.token_ids), counts)]
     return pa.table(lists, names=["token_ids", "counts"])
 
 
@@ -168,10 +173,7 @@ def _undo_drawn_table(table: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 def drawn_arrow(targets: SparseTargets) -> bytes:
     """An Arrow IPC file of lists, with its own zstd compression."""
-    sink, table = pa.BufferOutputStream(), _drawn_table(targets)
-    with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
-        writer.write_table(table)
-    return sink.getvalue().to_pybytes()
+    return _arrow_file(_drawn_table(targets))
 
 
 def drawn_parquet(targets: SparseTargets) -> bytes:

@@ -61,6 +61,7 @@ from kdcache.errors import (
 logger = logging.getLogger(__name__)
 
 COMMITS_AT_ONCE = 256
+PLAN_IS_LOST = f"put a copy of {PLAN} back, or begin anew in another folder"
 
 
 def check_no_cache(folder: str) -> None:
@@ -145,9 +146,7 @@ def read_plan(store: Store) -> Plan:
 
 
 def _how_it_comes_back(store: Store) -> str:
-    if store.exists(MANIFEST):
-        return f"kdcache verify {store} --repair writes it anew from {MANIFEST}"
-    return f"put a copy of {PLAN} back, or begin anew in another folder"
+    return f"kdcache verify {store} --repair writes it anew from {MANIFEST}" if store.exists(MANIFEST) else PLAN_IS_LOST
 
 
 def publish_plan(store: Store, plan: Plan) -> Plan:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from kdcache.cache.commit import (
+    PLAN_IS_LOST,
     committed_shards,
     current_manifest,
     parse_commit,
@@ -284,7 +285,7 @@ def restore_plan(store: Store) -> bool:
     if manifest.spec.fingerprint != manifest.fingerprint or commit is None or commit.plan != manifest.fingerprint:
         raise CacheMismatchError(
             f"{store}: {PLAN} is damaged or gone, and {MANIFEST} is not that of these commits",
-            hint=f"put a copy of {PLAN} back, or begin anew in another folder",
+            hint=PLAN_IS_LOST,
         )
     store.replace(PLAN, to_json(Plan(spec=manifest.spec, fingerprint=manifest.fingerprint)))
     return True
